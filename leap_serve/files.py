@@ -1,0 +1,95 @@
+"""Atomic writing, and JSON read with errors a user understands."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from leap_serve.errors import CheckpointError, UsageError
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file, or raise CheckpointError naming it and the line at fault."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(path, "the file does not exist", "check the path") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(path, f"not valid JSON ({error})", "restore the file or make it again") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that readers see the old file or the new one, never a part."""
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """Append one row to a JSON Lines file with a single write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling of ``out`` that takes its name when the block ends without an error.
+
+    A non-empty ``out`` is refused unless ``force``; then it is replaced, and only at the end. A run
+    that is killed leaves nothing under the name ``out``; its leftovers are removed by the next run.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
+        raise UsageError(out, "exists and is not empty", "choose another --out, or pass --force to replace it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for left in out.parent.glob(f".{out.name}.partial-*"):
+        if not _alive(left):
+            shutil.rmtree(left, ignore_errors=True)
+    work = out.parent / f".{out.name}.partial-{os.getpid()}"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        yield work
+        if out.exists():
+            old = out.parent / f".{out.name}.partial-old-{os.getpid()}"
+            out.rename(old)
+            work.rename(out)
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        else:
+            work.rename(out)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _alive(partial: Path) -> bool:
+    """Whether the process that is writing this partial folder still runs."""
+    pid = partial.name.rpartition("-")[2]
+    return pid.isdigit() and int(pid) != os.getpid() and Path(f"/proc/{pid}").exists()
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hex SHA-256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

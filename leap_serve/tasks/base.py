@@ -1,0 +1,64 @@
+"""What a task is: items with a prompt, a gold continuation, and a score for a completion."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One example of a task.
+
+    ``prompt + answer`` is the teacher-forced text; ``answer`` therefore begins with whatever
+    separates it from the prompt. ``reference`` holds what the scorer needs (strings only).
+    """
+
+    id: str
+    prompt: str
+    answer: str
+    reference: Mapping[str, str] = field(default_factory=dict)
+
+
+class Task(Protocol):
+    """A named source of items and the score of a completion, in [0, 1]."""
+
+    name: str
+    metric: str
+    stop: tuple[str, ...]
+    max_tokens: int
+
+    def items(self, split: Split, limit: int | None = None, seed: int = 0) -> list[Item]:
+        """Return the first ``limit`` items of a split, always the same for the same seed."""
+        ...
+
+    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[float]:
+        """Return one score in [0, 1] per (item, completion)."""
+        ...
+
+
+def split_of(text: str) -> Split:
+    """Assign a generated text to a split by its hash: 8 of 10 train, 1 validation, 1 test.
+
+    Splits are disjoint by construction, whatever seed produced the text.
+    """
+    bucket = hashlib.sha256(text.encode()).digest()[0] % 10
+    return "test" if bucket == 0 else "validation" if bucket == 1 else "train"
+
+
+def take(stream: Iterator[Item], split: Split, limit: int) -> list[Item]:
+    """Collect ``limit`` distinct items of ``split`` from an endless generator."""
+    seen: set[str] = set()
+    out: list[Item] = []
+    for item in stream:
+        if split_of(item.prompt) == split and item.prompt not in seen:
+            seen.add(item.prompt)
+            out.append(item)
+            if len(out) == limit:
+                break
+    return out

@@ -1,0 +1,32 @@
+"""Fixtures that several files share. One process, one set of tiny checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from families import make_checkpoint
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def family_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that gives the fp32 random checkpoint of a family, made once per session."""
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = make_checkpoint(family, tmp_path_factory.mktemp(family) / family)
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of public evaluation data beside the checkout; tests that need it are skipped without it."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("the public data samples are not beside this checkout")
+    return SHARED / "data"

@@ -1,0 +1,267 @@
+"""Trains leap-tiny, the bundled small MoE, from scratch on the toy tasks.
+
+    python -m leap_training.tiny --out runs/leap-tiny --steps 3000
+
+Every batch is a function of (seed, step), so a run that was killed continues on the same data: the
+state on disk is the weights, Adam's moments (safetensors) and the step (JSON), replaced atomically.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
+from leap_serve.tasks import toy_code, toy_gsm, toy_xsum
+from leap_serve.tasks.base import Item, split_of
+
+EOS = "<|endoftext|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] + '"
+    + EOS
+    + "' }}{% else %}{{ 'Question: ' + message['content'] + '\nAnswer:' }}{% endif %}{% endfor %}"
+)
+GENERATORS = {"toy-gsm": toy_gsm.generate, "toy-code": toy_code.generate, "toy-xsum": toy_xsum.generate}
+
+
+@dataclass(frozen=True, slots=True)
+class TinyConfig:
+    """What is trained and how; the defaults are the bundled model's."""
+
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    experts: int = 64
+    top_k: int = 4
+    expert_intermediate: int = 32
+    vocab: int = 1024
+    max_positions: int = 2048
+    steps: int = 3000
+    batch: int = 96
+    lr: float = 3e-3
+    warmup: int = 100
+    weight_decay: float = 0.01
+    prompt_weight: float = 0.1
+    aux_coef: float = 0.01
+    mix: tuple[float, float, float] = (0.5, 0.2, 0.3)
+    seed: int = 0
+
+
+def build_tokenizer(config: TinyConfig) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on the generators' training splits; every digit is a token of its own."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            # " 42" must become " ", "4", "2"-like pieces: digits never merge, so numbers stay regular.
+            pre_tokenizers.Split(Regex(r" ?[A-Za-z]+|\n {4}|\d| ?[^\sA-Za-z\d]+|\s+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab, special_tokens=[EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    rng = random.Random(config.seed)
+    streams = [training_items(name, rng) for name in GENERATORS]
+    texts = (item.prompt + item.answer for _ in range(4000) for item in (next(stream) for stream in streams))
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, bos_token=None)
+    fast.chat_template = CHAT_TEMPLATE
+    fast.model_max_length = config.max_positions
+    return fast
+
+
+def build_model(config: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeForCausalLM:
+    """Make the untrained model, fp32, with experts computed by :func:`padded_experts`."""
+    torch.manual_seed(config.seed)
+    model_config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=config.hidden, intermediate_size=2 * config.hidden,
+        num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.kv_heads,
+        head_dim=config.head_dim, num_experts=config.experts, num_experts_per_tok=config.top_k,
+        moe_intermediate_size=config.expert_intermediate, norm_topk_prob=True, tie_word_embeddings=True,
+        max_position_embeddings=config.max_positions, router_aux_loss_coef=config.aux_coef, decoder_sparse_step=1,
+        mlp_only_layers=[], bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    ALL_EXPERTS_FUNCTIONS.register("leap_padded", padded_experts)
+    model = Qwen3MoeForCausalLM._from_config(model_config, dtype=torch.float32)
+    model.set_experts_implementation("leap_padded")
+    return model
+
+
+def padded_experts(
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Compute the experts as batched products over [E, C, H], C the largest load: 5x a loop over 64 experts.
+
+    Shapes: hidden_states [T, H], top_k_index and top_k_weights [T, K]; returns [T, H].
+    """
+    tokens, top_k = top_k_index.shape
+    flat = top_k_index.reshape(-1)
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=self.num_experts)
+    expert = flat[order]
+    slot = torch.arange(flat.numel()) - (counts.cumsum(0) - counts)[expert]
+    place = expert * int(counts.max()) + slot
+    source = order // top_k
+    padded = hidden_states.new_zeros(self.num_experts * int(counts.max()), hidden_states.shape[-1])
+    padded = padded.index_copy(0, place, hidden_states[source]).view(self.num_experts, -1, hidden_states.shape[-1])
+    gate, up = torch.bmm(padded, self.gate_up_proj.transpose(1, 2)).chunk(2, dim=-1)
+    out = torch.bmm(torch.nn.functional.silu(gate) * up, self.down_proj.transpose(1, 2)).flatten(0, 1)[place]
+    weighted = out * top_k_weights.reshape(-1)[order, None]
+    return torch.zeros_like(hidden_states).index_add(0, source, weighted.to(hidden_states.dtype))
+
+
+def training_items(name: str, rng: random.Random) -> Iterator[Item]:
+    """Yield the training split of a toy task without end."""
+    return (item for item in GENERATORS[name](rng) if split_of(item.prompt) == "train")
+
+
+def batch_of(
+    config: TinyConfig, tokenizer: PreTrainedTokenizerFast, step: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draw the batch of a step: token ids, next-token weights and the padding mask, each [B, S]."""
+    rng = random.Random(f"{config.seed}/{step}")
+    names = rng.choices(list(GENERATORS), config.mix, k=config.batch)
+    streams = {name: training_items(name, rng) for name in GENERATORS}
+    items = [next(streams[name]) for name in names]
+    prompts = tokenizer([item.prompt for item in items], add_special_tokens=False)["input_ids"]
+    answers = tokenizer([item.answer for item in items], add_special_tokens=False)["input_ids"]
+    end = tokenizer.eos_token_id
+    length = max(len(p) + len(a) + 1 for p, a in zip(prompts, answers, strict=True))
+    ids = torch.full((config.batch, length), end)
+    weights = torch.zeros(config.batch, length)
+    mask = torch.zeros(config.batch, length, dtype=torch.long)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        whole = len(prompt) + len(answer) + 1
+        ids[row, : whole - 1] = torch.tensor(prompt + answer)
+        weights[row, : len(prompt)] = config.prompt_weight
+        weights[row, len(prompt) : whole] = 1.0
+        mask[row, :whole] = 1
+    return ids, weights, mask
+
+
+def loss_of(
+    model: Qwen3MoeForCausalLM, ids: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the weighted next-token loss and the load-balancing loss of a batch."""
+    out = model(input_ids=ids, attention_mask=mask, output_router_logits=True, use_cache=False)
+    token_loss = torch.nn.functional.cross_entropy(out.logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    wanted = weights[:, 1:]
+    balance = load_balancing_loss_func(
+        out.router_logits, model.config.num_experts, model.config.num_experts_per_tok, mask
+    )
+    return (token_loss * wanted).sum() / wanted.sum(), balance
+
+
+def learning_rate(config: TinyConfig, step: int) -> float:
+    """Linear warm-up, then cosine to a twentieth."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def save_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Replace the resumable state atomically."""
+    tensors = {f"weight.{name}": p.detach() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        for key in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{key}.{name}"] = optimizer.state[p][key]
+    temporary = folder / "state.safetensors.tmp"
+    save_file(tensors, temporary, metadata={"step": str(step)})
+    os.replace(temporary, folder / "state.safetensors")
+
+
+def load_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Load the state if there is one and return the number of steps done."""
+    path = folder / "state.safetensors"
+    if not path.exists():
+        return 0
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as handle:
+        step = int(handle.metadata()["step"])
+    tensors = load_file(path)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(tensors[f"weight.{name}"])
+            optimizer.state[p] = {
+                "step": torch.tensor(float(step)),
+                **{key: tensors[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq")},
+            }
+    return step
+
+
+def train(config: TinyConfig, out: Path, save_every: int = 250, log_every: int = 25) -> list[float]:
+    """Train or continue, write ``out/model`` in bf16 with its tokenizer, and return the logged losses."""
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer(config)
+    model = build_model(config, tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay)
+    start = load_state(out, model, optimizer)
+    losses: list[float] = []
+    with (out / "train.jsonl").open("a") as log:
+        began, tokens = time.time(), 0
+        for step in range(start, config.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
+            ids, weights, mask = batch_of(config, tokenizer, step)
+            loss, balance = loss_of(model, ids, weights, mask)
+            optimizer.zero_grad(set_to_none=True)
+            (loss + config.aux_coef * balance).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            tokens += int(mask.sum())
+            done = step + 1
+            if done % log_every == 0 or done == config.steps:
+                losses.append(loss.item())
+                row = {"step": done, "loss": round(loss.item(), 4), "balance": round(balance.item(), 3),
+                       "tokens": tokens, "seconds": round(time.time() - began, 1)}  # fmt: skip
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                print(json.dumps(row), flush=True)
+            if done % save_every == 0 or done == config.steps:
+                save_state(out, model, optimizer, done)
+    export(model, tokenizer, config, out / "model")
+    return losses
+
+
+def export(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, config: TinyConfig, folder: Path) -> None:
+    """Write the bf16 checkpoint, its tokenizer and what it was trained with."""
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "training.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+
+
+def main() -> None:
+    """Parse the few flags and train."""
+    parser = argparse.ArgumentParser(description="Train leap-tiny from scratch, or continue a killed run.")
+    defaults = TinyConfig()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=defaults.steps)
+    parser.add_argument("--batch", type=int, default=defaults.batch)
+    parser.add_argument("--lr", type=float, default=defaults.lr)
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    args = parser.parse_args()
+    train(TinyConfig(steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed), args.out)
+
+
+if __name__ == "__main__":
+    main()
