@@ -51,7 +51,9 @@ def run_python(source: str, wall_s: float = WALL_S) -> Outcome:
     """Run ``source`` as a Python program under the limits and say whether it exited with 0."""
     with tempfile.TemporaryDirectory(prefix="leap-sandbox-") as folder:
         Path(folder, "program.py").write_text(source, encoding="utf-8")
-        bootstrap = f"{_GUARD}\nexec(compile(open('program.py').read(), 'program.py', 'exec'), {{'__name__': '__main__'}})"
+        bootstrap = (
+            f"{_GUARD}\nexec(compile(open('program.py').read(), 'program.py', 'exec'), {{'__name__': '__main__'}})"
+        )
         with tempfile.TemporaryFile() as stderr:
             process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", bootstrap],

@@ -19,6 +19,5 @@ def extract_answer(text: str) -> str | None:
 def exact_match(items: Sequence[Item], completions: Sequence[str]) -> list[float]:
     """Score 1.0 where the extracted answer equals ``reference["answer"]`` as a string."""
     return [
-        float(extract_answer(text) == item.reference["answer"])
-        for item, text in zip(items, completions, strict=True)
+        float(extract_answer(text) == item.reference["answer"]) for item, text in zip(items, completions, strict=True)
     ]

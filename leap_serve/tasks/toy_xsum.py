@@ -36,22 +36,46 @@ def _story(rng: random.Random) -> tuple[list[str], str]:
     n, m, weather = rng.randint(2, 99), rng.randint(2, 9), rng.choice(WEATHER)
     kind = rng.randrange(7)
     if kind == 0:
-        facts = [f"A fire broke out at a {place} on {day}.", f"The building in {city} burned for {m} hours.", f"{n} people were taken to hospital."]
+        facts = [
+            f"A fire broke out at a {place} on {day}.",
+            f"The building in {city} burned for {m} hours.",
+            f"{n} people were taken to hospital.",
+        ]
         return facts, f"A fire at a {place} in {city} has injured {n} people."
     if kind == 1:
-        facts = [f"{firm} announced its plans on {day}.", f"The company will open a new office in {city}.", f"About {n} jobs will be created."]
+        facts = [
+            f"{firm} announced its plans on {day}.",
+            f"The company will open a new office in {city}.",
+            f"About {n} jobs will be created.",
+        ]
         return facts, f"{firm} is to create {n} jobs in {city}."
     if kind == 2:
-        facts = [f"The {weather} reached {city} on {day}.", f"Roads were closed for {m} days.", f"The {place} lost its roof."]
+        facts = [
+            f"The {weather} reached {city} on {day}.",
+            f"Roads were closed for {m} days.",
+            f"The {place} lost its roof.",
+        ]
         return facts, f"A {weather} has closed roads and damaged a {place} in {city}."
     if kind == 3:
-        facts = [f"{who} won the vote on {day}.", f"The new mayor of {city} got {n} percent.", f"The other candidate was {other}."]
+        facts = [
+            f"{who} won the vote on {day}.",
+            f"The new mayor of {city} got {n} percent.",
+            f"The other candidate was {other}.",
+        ]
         return facts, f"{who} has beaten {other} to become mayor of {city}."
     if kind == 4:
-        facts = [f"{firm} and {rival} met in {city}.", f"On {day} {rival} accepted an offer of {n} million.", "The deal needs approval."]
+        facts = [
+            f"{firm} and {rival} met in {city}.",
+            f"On {day} {rival} accepted an offer of {n} million.",
+            "The deal needs approval.",
+        ]
         return facts, f"{firm} is to buy {rival} for {n} million."
     if kind == 5:
-        facts = [f"Paintings were taken from a {place} in {city}.", f"Police arrested {who} on {day}.", f"They found {m} of the paintings."]
+        facts = [
+            f"Paintings were taken from a {place} in {city}.",
+            f"Police arrested {who} on {day}.",
+            f"They found {m} of the paintings.",
+        ]
         return facts, f"{who} has been arrested over stolen paintings in {city}."
     facts = [f"{who} played for {city} on {day}.", f"The team won by {m} goals.", f"{other} was sent off."]
     return facts, f"{city} won by {m} goals after {other} was sent off."

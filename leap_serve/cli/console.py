@@ -1,0 +1,42 @@
+"""What every verb shows people: tables on standard output, progress bars on standard error."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from leap_serve.engine import Progress
+
+
+@contextlib.contextmanager
+def progress_bar(label: str) -> Iterator[Progress]:
+    """Yield a (done, total) callback that drives a bar with an ETA; silent where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table; numbers are right-aligned, and nothing is cut off when piped."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title=title, title_justify="left", title_style="bold")
+    for index, name in enumerate(header):
+        shown.add_column(name, justify="left" if index == 0 else "right")
+    for row in rows:
+        shown.add_row(*map(str, row))
+    console = Console()
+    console.print(shown, soft_wrap=not console.is_terminal)
+
+
+def say(text: str) -> None:
+    """Print one line for people on standard output."""
+    from rich.console import Console
+
+    Console(highlight=False, soft_wrap=True).print(text, markup=False)
