@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.engine == "vllm":
         from leap_serve.vllm_engine import VllmEngine as EngineClass
     else:
-        from leap_serve.torch_engine import TorchEngine as EngineClass  # type: ignore[assignment]
+        from leap_serve.torch_engine import TorchEngine as EngineClass  # type: ignore[assignment, unused-ignore]
     engine = EngineClass(args.model, dtype=args.dtype)
     results: dict[str, Any] = {}
     try:

@@ -1,0 +1,1 @@
+"""Tasks: where items come from and how completions are scored."""

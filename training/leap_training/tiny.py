@@ -112,7 +112,7 @@ def padded_experts(
 
     Shapes: hidden_states [T, H], top_k_index and top_k_weights [T, K]; returns [T, H].
     """
-    tokens, top_k = top_k_index.shape
+    top_k = top_k_index.shape[1]
     flat = top_k_index.reshape(-1)
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat, minlength=self.num_experts)

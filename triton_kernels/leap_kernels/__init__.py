@@ -1,0 +1,1 @@
+"""Triton kernels sized to the retained experts. Imports torch and triton only."""
