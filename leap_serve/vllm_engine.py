@@ -1,0 +1,264 @@
+"""The engine that serves: vLLM, in this process, on CPU or CUDA."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leap_serve import encoding
+from leap_serve.engine import Completion, Memory, Progress, RequestTiming, Score
+from leap_serve.errors import LeapError, UnsupportedError
+
+if TYPE_CHECKING:
+    from leap_serve.profile import Profile
+    from leap_serve.tasks.base import Item
+
+
+class VllmEngine:
+    """vLLM behind the Engine protocol. One process, one engine at a time; close() before opening the next.
+
+    Args:
+        model: checkpoint folder, a bundled name, or a model id.
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        max_model_len: longest sequence in tokens; None takes the model's own.
+        max_num_seqs: requests that run at once.
+        kv_cache_gib: size of the KV cache.
+        enforce_eager: no torch.compile and no CUDA graphs; profiling needs it.
+        tensor_parallel_size: workers that share the weights.
+        load_format: vLLM's; "leap" loads a cut checkpoint with its overlays.
+        quiet: only errors are logged.
+        vllm_args: any other argument of vllm.LLM.
+
+    Raises LeapError where vLLM refuses the model or an argument.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        kv_cache_gib: float = 1.0,
+        enforce_eager: bool = True,
+        tensor_parallel_size: int = 1,
+        load_format: str = "auto",
+        quiet: bool = True,
+        **vllm_args: Any,
+    ) -> None:
+        from leap_serve.checkpoint import Checkpoint, resolve_model
+
+        self.model = resolve_model(model)
+        self.checkpoint = Checkpoint.open(self.model)
+        self.enforce_eager = enforce_eager
+        _prepare_environment(kv_cache_gib, tensor_parallel_size, quiet)
+        with _as_leap_errors(model):
+            from vllm import LLM
+
+            self._llm: Any = LLM(
+                str(self.model),
+                dtype=dtype,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
+                enforce_eager=enforce_eager,
+                tensor_parallel_size=tensor_parallel_size,
+                load_format=load_format,
+                worker_extension_cls="leap_vllm.worker.LeapWorker",
+                # Greedy scores of a prompt must not depend on what was asked before.
+                **{"enable_prefix_caching": False, "use_tqdm_on_load": not quiet, **vllm_args},
+            )
+        self.tokenizer: Any = self._llm.get_tokenizer()
+        self.max_model_len: int = self._llm.model_config.max_model_len
+        self.dtype = str(self._llm.model_config.dtype).removeprefix("torch.")
+        self._requests = 0
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode texts without adding special tokens."""
+        return encoding.encode(self.tokenizer, texts)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_tokens: int,
+        stop: Sequence[str] = (),
+        temperature: float = 0.0,
+        seed: int | None = None,
+        progress: Progress | None = None,
+    ) -> list[Completion]:
+        """Complete each prompt; greedy at temperature 0. A completion ends early where max_model_len is reached."""
+        from vllm import SamplingParams
+
+        ids = encoding.encode_prompts(self.tokenizer, prompts)
+        encoding.check_lengths([len(i) for i in ids], self.max_model_len - 1, "prompt")
+        params = SamplingParams(
+            temperature=temperature, max_tokens=max_tokens, stop=list(stop), seed=seed, skip_special_tokens=True
+        )
+        done = self._run(ids, params, progress)
+        return [Completion(o.text, tuple(o.token_ids), str(o.finish_reason)) for o in (r.outputs[0] for r in done)]
+
+    def score(self, items: Sequence[Item], progress: Progress | None = None) -> list[Score]:
+        """Score each item's answer after its prompt, teacher-forced, followed by the end-of-text token."""
+        from vllm import SamplingParams
+
+        end = encoding.end_ids(self.tokenizer)
+        encoded = encoding.encode_items(self.tokenizer, items)
+        ids = [e.prompt + e.answer + end for e in encoded]
+        encoding.check_lengths([len(i) for i in ids], self.max_model_len - 1, "item")
+        # prompt_logprobs=0: of each prompt token its own logprob, nothing else.
+        params = SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=True
+        )
+        scores = []
+        for one, whole, result in zip(encoded, ids, self._run(ids, params, progress), strict=True):
+            # Nothing precedes the very first token, so it has no likelihood.
+            places = range(max(1, len(one.prompt)), len(whole))
+            logprob = sum(result.prompt_logprobs[at][whole[at]].logprob for at in places)
+            scores.append(Score(logprob, len(places)))
+        return scores
+
+    def profile(self, items: Sequence[Item], progress: Progress | None = None) -> Profile:
+        """Collect the experts' statistics over prompt + answer of every item, in the kernels that serve.
+
+        Every token of prompt and answer passes the router once; generated tokens do not count. Raises
+        UnsupportedError where the engine cannot be observed (compiled graphs, monolithic kernels).
+        """
+        from vllm import SamplingParams
+
+        from leap_serve.profile import from_worker
+
+        if not self.enforce_eager:
+            raise UnsupportedError("profile", "the engine runs compiled graphs", "open it with enforce_eager=True")
+        encoded = encoding.encode_items(self.tokenizer, items)
+        ids = [e.prompt + e.answer for e in encoded]
+        encoding.check_lengths([len(i) for i in ids], self.max_model_len - 1, "item")
+        params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, skip_reading_prefix_cache=True)
+        self._rpc("leap_start_profile")
+        try:
+            self._run(ids, params, progress)
+            collected = self._rpc("leap_read_profile")[0]
+        finally:
+            self._rpc("leap_stop_profile")
+        return from_worker(collected, self.checkpoint, items, engine=self.name, dtype=self.dtype)
+
+    def generate_timed(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[RequestTiming]:
+        """Submit all token-id prompts at once, decode exactly ``output_tokens`` each, and time every token.
+
+        The clock starts before the first submission, so the first token's time is the TTFT of an
+        offline client. Nothing is read from the prefix cache, and the end-of-text token is ignored.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        encoding.check_lengths([len(i) for i in prompts], self.max_model_len - output_tokens, "prompt")
+        params = SamplingParams(
+            temperature=0.0, max_tokens=output_tokens, ignore_eos=True, detokenize=False,
+            output_kind=RequestOutputKind.DELTA, skip_reading_prefix_cache=True,
+        )  # fmt: skip
+        engine = self._llm.llm_engine
+        times: dict[str, list[float]] = {}
+        started = time.perf_counter()
+        with self._requests_of(prompts, params) as names:
+            times = {name: [] for name in names}
+            while engine.has_unfinished_requests():
+                outputs = engine.step()
+                now = time.perf_counter() - started
+                for output in outputs:
+                    times[output.request_id] += [now] * len(output.outputs[0].token_ids)
+        for name, stamps in times.items():
+            assert len(stamps) == output_tokens, f"request {name} gave {len(stamps)} of {output_tokens} tokens"
+        return [RequestTiming(tuple(stamps)) for stamps in times.values()]
+
+    def memory(self) -> Memory:
+        """Report parameters, KV cache and peak memory in bytes, summed over the workers."""
+        workers = self._rpc("leap_memory")
+        return Memory(*(sum(worker[key] for worker in workers) for key in ("weights", "kv_cache", "peak")))
+
+    def close(self) -> None:
+        """Free the model; a second engine may then be opened in this process. Harmless when called twice."""
+        if self._llm is None:
+            return
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+    def _rpc(self, method: str, *args: Any) -> list[Any]:
+        with _as_leap_errors(self.model):
+            return list(self._llm.collective_rpc(method, args=args))
+
+    def _run(self, prompts: Sequence[Sequence[int]], params: Any, progress: Progress | None) -> list[Any]:
+        """Run token-id prompts to their end and return vLLM's outputs in order."""
+        engine, finished = self._llm.llm_engine, {}
+        with self._requests_of(prompts, params) as names:
+            while engine.has_unfinished_requests():
+                before = len(finished)
+                finished.update({output.request_id: output for output in engine.step() if output.finished})
+                if progress is not None and len(finished) > before:
+                    progress(len(finished), len(names))
+        return [finished[name] for name in names]
+
+    @contextlib.contextmanager
+    def _requests_of(self, prompts: Sequence[Sequence[int]], params: Any) -> Iterator[list[str]]:
+        """Submit prompts under fresh names; what has not ended when the block is left is aborted."""
+        names = [str(self._requests + number) for number in range(len(prompts))]
+        self._requests += len(prompts)
+        try:
+            with _as_leap_errors(self.model):
+                for name, ids in zip(names, prompts, strict=True):
+                    self._llm.llm_engine.add_request(name, {"prompt_token_ids": list(ids)}, params.clone())
+            yield names
+        except BaseException:
+            self._llm.llm_engine.abort_request(names)
+            raise
+
+
+def _prepare_environment(kv_cache_gib: float, tensor_parallel_size: int, quiet: bool) -> None:
+    """Set what vLLM reads when it is imported or starts."""
+    if kv_cache_gib <= 0:
+        raise LeapError("kv_cache_gib", f"is {kv_cache_gib}", "give a positive number of GiB")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(kv_cache_gib))))
+    if tensor_parallel_size > 1:
+        # vLLM binds each CPU worker to cores of its own, and refuses when there are too few.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    if quiet:
+        os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+        logging.getLogger("vllm").setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def _as_leap_errors(where: object) -> Iterator[None]:
+    """Turn what vLLM raises about its arguments or the model into a LeapError; bugs keep their traceback."""
+    try:
+        yield
+    except LeapError:
+        raise
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        raise UnsupportedError(
+            "vllm", "is not installed", "pip install 'leap-serve[cpu]', or 'leap-serve[cuda]' with an NVIDIA GPU"
+        ) from None
+    except (ValueError, TypeError, RuntimeError, OSError, MemoryError) as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            # The plugin's own message is hidden under vLLM's «engine initialisation failed».
+            if isinstance(cause, LeapError):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise LeapError(
+            where, f"vLLM refuses it ({' '.join(lines[:4])[:600] or type(error).__name__})",
+            "correct the model or the argument that it names",
+        ) from error  # fmt: skip
