@@ -17,17 +17,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from leap_serve.tasks import toy_code, toy_gsm, toy_xsum
 from leap_serve.tasks.base import Item, split_of
+from leap_training.batches import Batch, collate, use_padded_experts, weighted_loss
 
 EOS = "<|endoftext|>"
 CHAT_TEMPLATE = (
@@ -53,7 +52,7 @@ class TinyConfig:
     vocab: int = 1024
     max_positions: int = 2048
     steps: int = 3000
-    batch: int = 96
+    batch: int = 64
     lr: float = 3e-3
     warmup: int = 100
     weight_decay: float = 0.01
@@ -89,7 +88,7 @@ def build_tokenizer(config: TinyConfig) -> PreTrainedTokenizerFast:
 
 
 def build_model(config: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeForCausalLM:
-    """Make the untrained model, fp32, with experts computed by :func:`padded_experts`."""
+    """Make the untrained model, fp32, with experts computed in batches."""
     torch.manual_seed(config.seed)
     model_config = Qwen3MoeConfig(
         vocab_size=len(tokenizer), hidden_size=config.hidden, intermediate_size=2 * config.hidden,
@@ -99,33 +98,9 @@ def build_model(config: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen3
         max_position_embeddings=config.max_positions, router_aux_loss_coef=config.aux_coef, decoder_sparse_step=1,
         mlp_only_layers=[], bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    ALL_EXPERTS_FUNCTIONS.register("leap_padded", padded_experts)
     model = Qwen3MoeForCausalLM._from_config(model_config, dtype=torch.float32)
-    model.set_experts_implementation("leap_padded")
+    use_padded_experts(model)
     return model
-
-
-def padded_experts(
-    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """Compute the experts as batched products over [E, C, H], C the largest load: 5x a loop over 64 experts.
-
-    Shapes: hidden_states [T, H], top_k_index and top_k_weights [T, K]; returns [T, H].
-    """
-    top_k = top_k_index.shape[1]
-    flat = top_k_index.reshape(-1)
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=self.num_experts)
-    expert = flat[order]
-    slot = torch.arange(flat.numel()) - (counts.cumsum(0) - counts)[expert]
-    place = expert * int(counts.max()) + slot
-    source = order // top_k
-    padded = hidden_states.new_zeros(self.num_experts * int(counts.max()), hidden_states.shape[-1])
-    padded = padded.index_copy(0, place, hidden_states[source]).view(self.num_experts, -1, hidden_states.shape[-1])
-    gate, up = torch.bmm(padded, self.gate_up_proj.transpose(1, 2)).chunk(2, dim=-1)
-    out = torch.bmm(torch.nn.functional.silu(gate) * up, self.down_proj.transpose(1, 2)).flatten(0, 1)[place]
-    weighted = out * top_k_weights.reshape(-1)[order, None]
-    return torch.zeros_like(hidden_states).index_add(0, source, weighted.to(hidden_states.dtype))
 
 
 def training_items(name: str, rng: random.Random) -> Iterator[Item]:
@@ -133,41 +108,21 @@ def training_items(name: str, rng: random.Random) -> Iterator[Item]:
     return (item for item in GENERATORS[name](rng) if split_of(item.prompt) == "train")
 
 
-def batch_of(
-    config: TinyConfig, tokenizer: PreTrainedTokenizerFast, step: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Draw the batch of a step: token ids, next-token weights and the padding mask, each [B, S]."""
+def batch_of(config: TinyConfig, tokenizer: PreTrainedTokenizerFast, step: int) -> Batch:
+    """Draw the batch of a step."""
     rng = random.Random(f"{config.seed}/{step}")
     names = rng.choices(list(GENERATORS), config.mix, k=config.batch)
     streams = {name: training_items(name, rng) for name in GENERATORS}
     items = [next(streams[name]) for name in names]
-    prompts = tokenizer([item.prompt for item in items], add_special_tokens=False)["input_ids"]
-    answers = tokenizer([item.answer for item in items], add_special_tokens=False)["input_ids"]
-    end = tokenizer.eos_token_id
-    length = max(len(p) + len(a) + 1 for p, a in zip(prompts, answers, strict=True))
-    ids = torch.full((config.batch, length), end)
-    weights = torch.zeros(config.batch, length)
-    mask = torch.zeros(config.batch, length, dtype=torch.long)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        whole = len(prompt) + len(answer) + 1
-        ids[row, : whole - 1] = torch.tensor(prompt + answer)
-        weights[row, : len(prompt)] = config.prompt_weight
-        weights[row, len(prompt) : whole] = 1.0
-        mask[row, :whole] = 1
-    return ids, weights, mask
+    return collate(tokenizer, items, config.prompt_weight)
 
 
-def loss_of(
-    model: Qwen3MoeForCausalLM, ids: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_of(model: Qwen3MoeForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the weighted next-token loss and the load-balancing loss of a batch."""
-    out = model(input_ids=ids, attention_mask=mask, output_router_logits=True, use_cache=False)
-    token_loss = torch.nn.functional.cross_entropy(out.logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-    wanted = weights[:, 1:]
-    balance = load_balancing_loss_func(
-        out.router_logits, model.config.num_experts, model.config.num_experts_per_tok, mask
-    )
-    return (token_loss * wanted).sum() / wanted.sum(), balance
+    out = model(input_ids=batch.ids, attention_mask=batch.mask, output_router_logits=True, use_cache=False)
+    config = model.config
+    balance = load_balancing_loss_func(out.router_logits, config.num_experts, config.num_experts_per_tok, batch.mask)
+    return weighted_loss(out.logits, batch), balance
 
 
 def learning_rate(config: TinyConfig, step: int) -> float:
@@ -222,13 +177,13 @@ def train(config: TinyConfig, out: Path, save_every: int = 250, log_every: int =
         for step in range(start, config.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            ids, weights, mask = batch_of(config, tokenizer, step)
-            loss, balance = loss_of(model, ids, weights, mask)
+            batch = batch_of(config, tokenizer, step)
+            loss, balance = loss_of(model, batch)
             optimizer.zero_grad(set_to_none=True)
             (loss + config.aux_coef * balance).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            tokens += int(mask.sum())
+            tokens += int(batch.mask.sum())
             done = step + 1
             if done % log_every == 0 or done == config.steps:
                 losses.append(loss.item())

@@ -1,0 +1,77 @@
+"""Items to padded tensors, the loss on their answers, and experts as batched products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from leap_serve.tasks.base import Item
+
+
+class Batch(NamedTuple):
+    """Token ids, next-token weights and padding mask, each [B, S]."""
+
+    ids: torch.Tensor
+    weights: torch.Tensor
+    mask: torch.Tensor
+
+
+def collate(tokenizer: Any, items: Sequence[Item], prompt_weight: float) -> Batch:
+    """Tokenise prompt and answer apart, join them, end with the end-of-text token, pad on the right.
+
+    Answer tokens weigh 1 in the loss, prompt tokens ``prompt_weight``, padding 0.
+    """
+    prompts = tokenizer([item.prompt for item in items], add_special_tokens=False)["input_ids"]
+    answers = tokenizer([item.answer for item in items], add_special_tokens=False)["input_ids"]
+    end = tokenizer.eos_token_id
+    length = max(len(p) + len(a) + 1 for p, a in zip(prompts, answers, strict=True))
+    ids = torch.full((len(items), length), end)
+    weights = torch.zeros(len(items), length)
+    mask = torch.zeros(len(items), length, dtype=torch.long)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        whole = len(prompt) + len(answer) + 1
+        ids[row, : whole - 1] = torch.tensor(prompt + answer)
+        weights[row, : len(prompt)] = prompt_weight
+        weights[row, len(prompt) : whole] = 1.0
+        mask[row, :whole] = 1
+    return Batch(ids, weights, mask)
+
+
+def weighted_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Mean next-token cross-entropy of logits [B, S, V] under the batch's weights, in nats."""
+    token_loss = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), batch.ids[:, 1:], reduction="none")
+    wanted = batch.weights[:, 1:]
+    return (token_loss * wanted).sum() / wanted.sum()
+
+
+def padded_experts(
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Compute the experts as batched products over [E, C, H], C the largest load, instead of a loop over E.
+
+    Shapes: hidden_states [T, H], top_k_index and top_k_weights [T, K]; returns [T, H].
+    """
+    top_k = top_k_index.shape[1]
+    flat = top_k_index.reshape(-1)
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=self.num_experts)
+    expert = flat[order]
+    slot = torch.arange(flat.numel(), device=flat.device) - (counts.cumsum(0) - counts)[expert]
+    capacity = int(counts.max())
+    place = expert * capacity + slot
+    source = order // top_k
+    padded = hidden_states.new_zeros(self.num_experts * capacity, hidden_states.shape[-1])
+    padded = padded.index_copy(0, place, hidden_states[source]).view(self.num_experts, capacity, -1)
+    gate, up = torch.bmm(padded, self.gate_up_proj.transpose(1, 2)).chunk(2, dim=-1)
+    out = torch.bmm(torch.nn.functional.silu(gate) * up, self.down_proj.transpose(1, 2)).flatten(0, 1)[place]
+    weighted = out * top_k_weights.reshape(-1)[order, None]
+    return torch.zeros_like(hidden_states).index_add(0, source, weighted.to(hidden_states.dtype))
+
+
+def use_padded_experts(model: Any) -> None:
+    """Make a transformers MoE model with [E, 2I, H] and [E, H, I] expert weights compute them in batches."""
+    ALL_EXPERTS_FUNCTIONS.register("leap_padded", padded_experts)
+    model.set_experts_implementation("leap_padded")

@@ -1,0 +1,101 @@
+"""Plain supervised fine-tuning of a cut checkpoint: retained experts and routers, nothing else.
+
+    python -m leap_training.finetune ckpt/ --task toy-gsm --out tuned/
+
+The yardstick of the tables: no routing agent, no active learning, no adapters (the papers' «vanilla
+fine-tuning»). The number of items and steps is fixed once, for every comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from leap_serve.files import new_folder
+from leap_serve.provenance import made_by
+from leap_serve.tasks.registry import load_task
+from leap_training.batches import collate, use_padded_experts, weighted_loss
+
+ITEMS = 1000
+STEPS = 400
+
+
+@dataclass(frozen=True, slots=True)
+class FinetuneConfig:
+    """AdamW with linear decay; the defaults are those of every published comparison."""
+
+    items: int = ITEMS
+    steps: int = STEPS
+    batch: int = 32
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    seed: int = 0
+
+
+def finetune(
+    folder: Path,
+    task_name: str,
+    out: Path,
+    config: FinetuneConfig = FinetuneConfig(),
+    progress: Callable[[int, int], None] | None = None,
+    force: bool = False,
+) -> list[float]:
+    """Tune the experts and routers of a stock-loadable checkpoint and write it to ``out``; return the losses."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    use_padded_experts(model)
+    tuned = [p for name, p in model.named_parameters() if ".experts." in name or name.endswith(".gate.weight")]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in tuned:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(tuned, lr=config.lr, weight_decay=config.weight_decay)
+    items = load_task(task_name).items("train", config.items, seed=config.seed)
+    rng = random.Random(config.seed)
+    order: list[int] = []
+    losses: list[float] = []
+    for step in range(config.steps):
+        if len(order) < config.batch:
+            order += rng.sample(range(len(items)), len(items))
+        chosen, order = order[: config.batch], order[config.batch :]
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * (1 - step / config.steps)
+        batch = collate(tokenizer, [items[i] for i in chosen], prompt_weight=0.0)
+        loss = weighted_loss(model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits, batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(tuned, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if progress:
+            progress(step + 1, config.steps)
+    with new_folder(out, force) as work:
+        model.to(torch.bfloat16).save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        note = made_by(task=task_name, items=config.items, steps=config.steps, seed=config.seed, losses=losses)
+        (work / "finetune.json").write_text(json.dumps(note, indent=1) + "\n")
+    return losses
+
+
+def main() -> None:
+    """Parse the few flags and tune."""
+    parser = argparse.ArgumentParser(description="Fine-tune the retained experts and routers of a checkpoint.")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--task", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    losses = finetune(args.checkpoint, args.task, args.out, FinetuneConfig(steps=args.steps, seed=args.seed))
+    print(json.dumps({"first": losses[0], "last": sum(losses[-20:]) / len(losses[-20:])}))
+
+
+if __name__ == "__main__":
+    main()
