@@ -1,0 +1,374 @@
+"""The on-disk format: find, open and check a checkpoint from its headers, without torch and without its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from leap_serve.architectures import Family, Role, family_of, role_of, text_config
+from leap_serve.errors import CheckpointError, UnsupportedError
+from leap_serve.files import read_json
+from leap_serve.hub import resolve_model as resolve_model  # one import serves whoever opens checkpoints
+from leap_serve.plan import BaseModel, Plan
+from leap_serve.tensorfile import TensorEntry, read_header
+
+INDEX = "model.safetensors.index.json"
+MANIFEST = "leap.json"
+FINGERPRINT_KEY = "leap_fingerprint"
+ROUTER_HEAD = "router_head.safetensors"
+ADAPTER = "adapter/adapter_model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+# transformers 5 writes num_local_experts where older files of the same family say num_experts.
+COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+ROUTING_KEYS = (
+    "model_type", "num_hidden_layers", "hidden_size", "norm_topk_prob", "n_group", "topk_group", "topk_method",
+    "scoring_func", "routed_scaling_factor",
+)  # fmt: skip
+_HUB_SNAPSHOT = re.compile(r"models--(?P<org>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[^/]+)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint as its headers describe it.
+
+    Args:
+        folder: where it lies.
+        config: config.json.
+        family: the row of its family.
+        tensors: name → entry, in the order of the shards.
+        metadata: shard file name → its safetensors metadata.
+        manifest: leap.json as it stands, or None for a full model.
+        plan: the plan that leap.json holds, or None.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    family: Family
+    tensors: Mapping[str, TensorEntry]
+    metadata: Mapping[str, Mapping[str, str]]
+    manifest: Mapping[str, Any] | None
+    plan: Plan | None
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read config.json, the index, every shard's header and leap.json; raise CheckpointError on any damage."""
+        if not folder.is_dir():
+            raise CheckpointError(folder, "no such folder", "check the path")
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(folder, "has no config.json", "give the folder of a transformers checkpoint")
+        config = _read_object(folder / "config.json")
+        family = family_of(config, folder / "config.json")
+        tensors, metadata = _read_shards(folder)
+        manifest = _read_object(folder / MANIFEST) if (folder / MANIFEST).exists() else None
+        plan = Plan.from_json(manifest, folder / MANIFEST) if manifest is not None else None
+        checkpoint = cls(folder, config, family, tensors, metadata, manifest, plan)
+        _ = checkpoint.num_experts, checkpoint.top_k, checkpoint.num_hidden_layers
+        if not checkpoint.moe_layers:
+            raise UnsupportedError(folder, f"no {family.model_type} experts among its tensors", "give an MoE model")
+        return checkpoint
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Decoder layers of the main model; MTP layers come after them."""
+        return self._number("num_hidden_layers")
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts per MoE layer as config.json says; of an uneven cut, the largest count."""
+        keys = self.count_keys
+        if len({text_config(self.config)[key] for key in keys}) > 1:
+            raise CheckpointError(self.folder / "config.json", f"{' and '.join(keys)} disagree", "make them equal")
+        return self._number(keys[0] if keys else self.family.num_experts_key)
+
+    @property
+    def count_keys(self) -> list[str]:
+        """The config keys that hold the number of experts."""
+        return [key for key in COUNT_KEYS if text_config(self.config).get(key) is not None]
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token as config.json says; of an uneven cut, the largest."""
+        return self._number(self.family.top_k_key)
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Main layers that hold routed experts, increasing."""
+        return [layer for layer in self._expert_layers() if layer < self.num_hidden_layers]
+
+    @property
+    def mtp_layers(self) -> list[int]:
+        """Multi-token-prediction layers that hold routed experts; numbered from num_hidden_layers on."""
+        return [layer for layer in self._expert_layers() if layer >= self.num_hidden_layers]
+
+    @property
+    def mtp_retained(self) -> dict[int, tuple[int, ...]]:
+        """Of a cut checkpoint: MTP layer → retained ids where the plan does not name the layer (leap.json)."""
+        found = ((self.manifest or {}).get("checkpoint") or {}).get("mtp_retained") or {}
+        return {int(layer): tuple(ids) for layer, ids in found.items()}
+
+    @property
+    def overlays(self) -> list[Path]:
+        """The tuned parts that lie beside the weights: router head and adapter."""
+        return [path for name in (ROUTER_HEAD, ADAPTER) if (path := self.folder / name).exists()]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    def role(self, name: str) -> Role:
+        """What a tensor of this checkpoint is to the cut."""
+        return role_of(self.family, name, self.num_hidden_layers)
+
+    def experts_in(self, layer: int) -> int:
+        """Routed experts that a layer must hold: by the plan in leap.json, otherwise by config.json."""
+        if self.plan is None:
+            return self.num_experts
+        if layer in self.plan.layers:
+            return len(self.plan.layers[layer].retained)
+        return len(self.mtp_retained.get(layer, ())) or self.num_experts
+
+    def head_tails(self) -> dict[int, frozenset[str]]:
+        """Layer → what follows ``router.`` in the names of its tensors with one row per expert.
+
+        That is {"weight", "bias", "e_score_correction_bias"} as far as present. Of a router of several
+        layers it is the last affine one alone ({"2.weight", "2.bias"}): the others know no experts.
+        """
+        tails: dict[int, dict[str, TensorEntry]] = {}
+        for name, entry in self.tensors.items():
+            role = self.role(name)
+            if role.kind == "router":
+                tails.setdefault(role.layer, {})[router_tail(self.family, name)] = entry
+        return {layer: _head_of(found, self.experts_in(layer)) for layer, found in tails.items()}
+
+    def identity(self) -> BaseModel:
+        """Identify the weights without reading them all.
+
+        The SHA-256 is over the config keys that decide the routing, the fingerprint of a cut, the name,
+        dtype and shape of every tensor in the order of names, and the bytes of all router tensors. So it
+        does not depend on sharding or on file names, and two models that were trained apart differ in it;
+        it does not notice a change of an expert's or an attention weight's value.
+        """
+        text = text_config(self.config)
+        essence = [
+            {key: text.get(key) for key in ROUTING_KEYS}, self.num_experts, self.top_k,
+            self.plan.fingerprint if self.plan else None,
+            [[name, entry.dtype, list(entry.shape)] for name, entry in sorted(self.tensors.items())],
+        ]  # fmt: skip
+        digest = hashlib.sha256(json.dumps(essence, separators=(",", ":"), sort_keys=True).encode())
+        for name, entry in sorted(self.tensors.items()):
+            if self.role(name).kind == "router":
+                digest.update(read_bytes(entry))
+        hub = _HUB_SNAPSHOT.search(self.folder.absolute().as_posix())
+        if hub:
+            return BaseModel(f"{hub['org']}/{hub['name']}", digest.hexdigest(), hub["revision"])
+        return BaseModel(self.folder.resolve().name, digest.hexdigest())
+
+    def _expert_layers(self) -> list[int]:
+        roles = map(self.role, self.tensors)
+        return sorted({role.layer for role in roles if role.kind in ("expert", "fused")})
+
+    def _number(self, key: str) -> int:
+        value = text_config(self.config).get(key)
+        if type(value) is not int or value < 1:
+            raise CheckpointError(self.folder / "config.json", f"{key} is {value!r}, not a count", "restore the file")
+        return value
+
+
+def router_tail(family: Family, name: str) -> str:
+    """Return what follows the router's own name in a tensor's name."""
+    return name.rpartition(f".{family.block}.{family.router}.")[2]
+
+
+def _head_of(tails: Mapping[str, TensorEntry], experts: int) -> frozenset[str]:
+    direct = frozenset(tail for tail in tails if "." not in tail)
+    if "weight" in direct or not tails:
+        return direct
+    heads = [
+        tail.rpartition(".")[0] for tail, entry in tails.items()
+        if tail.endswith(".weight") and len(entry.shape) == 2 and entry.shape[0] == experts
+    ]  # fmt: skip
+    if not heads:
+        return direct
+    last = max(heads, key=lambda head: [int(part) if part.isdigit() else -1 for part in head.split(".")])
+    return direct | {tail for tail in tails if tail.rpartition(".")[0] == last}
+
+
+def read_bytes(entry: TensorEntry) -> bytes:
+    """Read one tensor's bytes; meant for small ones."""
+    with entry.file.open("rb") as stream:
+        stream.seek(entry.begin)
+        return stream.read(entry.nbytes)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = read_json(path)
+    except (OSError, RecursionError) as error:
+        raise CheckpointError(path, f"cannot be read ({type(error).__name__})", "restore the file") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(path, f"holds a JSON {type(value).__name__}, not an object", "restore the file")
+    return value
+
+
+def _read_shards(folder: Path) -> tuple[dict[str, TensorEntry], dict[str, dict[str, str]]]:
+    """Read the headers of all weight files: those that the index names, or the only one there is."""
+    index: Mapping[str, str] | None = None
+    if (folder / INDEX).exists():
+        index = _read_object(folder / INDEX).get("weight_map")
+        if not isinstance(index, dict) or not index or not all(_plain(name) for name in index.values()):
+            raise CheckpointError(folder / INDEX, "has no weight_map of tensor → file name", "restore the file")
+    names = sorted(set(index.values())) if index else [_single_file(folder)]
+    tensors: dict[str, TensorEntry] = {}
+    metadata: dict[str, dict[str, str]] = {}
+    for file in names:
+        path = folder / file
+        if not path.is_file():
+            raise CheckpointError(path, f"is missing, {INDEX} names it", "copy or download the shard")
+        entries, metadata[file] = read_header(path)
+        for name, entry in entries.items():
+            # A tensor stored twice counts where the index says it is.
+            if index and index.get(name, file) != file:
+                continue
+            if name in tensors:
+                raise CheckpointError(path, f"holds {name}, which {tensors[name].file.name} holds too", "keep one")
+            tensors[name] = entry
+    missing = [name for name in index or () if name not in tensors]
+    if missing and index:
+        raise CheckpointError(
+            folder / index[missing[0]], f"lacks tensor {missing[0]}, {INDEX} says it is there"
+            + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""), "copy or download the shard again",
+        )  # fmt: skip
+    return tensors, metadata
+
+
+def _plain(name: object) -> bool:
+    return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
+
+
+def _single_file(folder: Path) -> str:
+    if (folder / "model.safetensors").is_file():
+        return "model.safetensors"
+    found = [path.name for path in folder.glob("*.safetensors") if path.name not in (ROUTER_HEAD, OPTIMIZER)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise CheckpointError(folder, f"has {len(found)} safetensors files but no {INDEX}", "restore the index")
+    if any(next(folder.glob(pattern), None) for pattern in PICKLES):
+        raise CheckpointError(
+            folder, "has only pickled weights (.bin, .pt), which can run code when read",
+            "convert them to safetensors, for instance with save_pretrained(safe_serialization=True)",
+        )  # fmt: skip
+    raise CheckpointError(folder, "has no safetensors weights", "give the folder of a complete checkpoint")
+
+
+def check_experts(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless every MoE layer holds all its experts, alike, and router rows for just them."""
+    suffixes: dict[int, dict[int, set[str]]] = {}
+    heads = checkpoint.head_tails()
+    for name, entry in checkpoint.tensors.items():
+        role = checkpoint.role(name)
+        if role.kind == "expert":
+            suffixes.setdefault(role.layer, {}).setdefault(role.expert, set()).add(role.after)
+        elif role.kind == "fused" or (
+            role.kind == "router" and router_tail(checkpoint.family, name) in heads[role.layer]
+        ):
+            check_rows(entry, role, checkpoint.experts_in(role.layer))
+    for layer in checkpoint.moe_layers + checkpoint.mtp_layers:
+        if not heads.get(layer):
+            raise CheckpointError(checkpoint.folder, f"layer {layer} has experts but no router", "restore its weights")
+    for layer, experts in suffixes.items():
+        count = checkpoint.experts_in(layer)
+        if sorted(experts) != list(range(count)):
+            raise CheckpointError(
+                checkpoint.folder, f"layer {layer} holds {len(experts)} experts ({_ids(experts)}), {count} are expected",
+                "restore its weights and its manifest",
+            )  # fmt: skip
+        whole = set().union(*experts.values())
+        for expert, found in experts.items():
+            if found != whole:
+                lacks = ", ".join(sorted(whole - found))
+                raise CheckpointError(
+                    checkpoint.folder, f"layer {layer}, expert {expert} lacks {lacks}", "restore its weights"
+                )
+
+
+def check_rows(entry: TensorEntry, role: Role, experts: int) -> None:
+    """Raise CheckpointError unless dimension 0 counts the experts; a fused scalar scale is let through."""
+    if entry.shape[:1] == (experts,) or (role.kind == "fused" and is_shared_scale(entry)):
+        return
+    raise CheckpointError(
+        entry.file, f"tensor {entry.name} has shape {list(entry.shape)}, but layer {role.layer} has {experts} experts",
+        "restore the weights, or the expert count in config.json and leap.json",
+    )  # fmt: skip
+
+
+def is_shared_scale(entry: TensorEntry) -> bool:
+    """Whether a tensor beside fused experts is one number for all of them (a per-tensor scale)."""
+    return entry.elements == 1
+
+
+def _ids(experts: Iterable[int]) -> str:
+    found = sorted(experts)
+    return f"ids {found[0]}…{found[-1]}"
+
+
+def check_cut(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless a cut checkpoint is what its leap.json says: layers, counts, ONE fingerprint."""
+    plan = checkpoint.plan
+    if plan is None:
+        raise CheckpointError(
+            checkpoint.folder, f"has no {MANIFEST}: it is not a cut checkpoint", "cut it with leap cut"
+        )
+    where = checkpoint.folder / MANIFEST
+    layers = set(plan.layers) | set(checkpoint.mtp_retained)
+    present = set(checkpoint.moe_layers) | set(checkpoint.mtp_layers)
+    if layers != present:
+        odd = sorted(layers ^ present)
+        raise CheckpointError(where, f"and the weights disagree on MoE layers {odd[:8]}", "cut again")
+    check_experts(checkpoint)
+    _check_config(checkpoint, plan)
+    _check_fingerprints(checkpoint, plan)
+
+
+def _check_config(checkpoint: Checkpoint, plan: Plan) -> None:
+    where = checkpoint.folder / "config.json"
+    top_k = max(layer.top_k for layer in plan.layers.values())
+    for what, said, planned in (
+        ("experts", checkpoint.num_experts, max(plan.counts)),
+        ("top_k", checkpoint.top_k, top_k),
+    ):
+        if said != planned:
+            raise CheckpointError(where, f"says {said} {what}, {MANIFEST} says {planned}", "cut again")
+    architecture = (checkpoint.config.get("architectures") or [""])[0]
+    ours = architecture == checkpoint.family.leap_architecture
+    if not plan.is_uniform and not ours:
+        what = f"architecture {architecture} cannot hold a plan whose layers differ"
+        raise CheckpointError(where, what, f"set it to {checkpoint.family.leap_architecture}, or cut again")
+    if checkpoint.overlays and not ours:
+        what = f"architecture {architecture} would be served without {checkpoint.overlays[0].name}"
+        raise CheckpointError(where, what, f"set it to {checkpoint.family.leap_architecture}")
+
+
+def _check_fingerprints(checkpoint: Checkpoint, plan: Plan) -> None:
+    parts: dict[Path, object] = {checkpoint.folder / "config.json": checkpoint.config.get(FINGERPRINT_KEY)}
+    parts |= {checkpoint.folder / file: found.get(FINGERPRINT_KEY) for file, found in checkpoint.metadata.items()}
+    parts |= {path: read_header(path)[1].get(FINGERPRINT_KEY) for path in checkpoint.overlays}
+    for path, found in parts.items():
+        if found != plan.fingerprint:
+            raise CheckpointError(
+                path, f"has fingerprint {str(found)[:12]}…, {MANIFEST} has {plan.fingerprint[:12]}…",
+                "it belongs to another cut: put the right file back, or cut again",
+            )  # fmt: skip
+    head = checkpoint.folder / ROUTER_HEAD
+    for name, entry in (read_header(head)[0] if head.exists() else {}).items():
+        layer = name.split(".")[1] if name.startswith("layers.") else ""
+        if not layer.isdigit() or int(layer) not in plan.layers:
+            raise CheckpointError(head, f"tensor {name} is for no MoE layer of {MANIFEST}", "tune again")
+        check_rows(entry, Role("router", int(layer)), len(plan.layers[int(layer)].retained))
