@@ -1,0 +1,39 @@
+"""leap-serve's plugin for vLLM: models whose MoE layers differ in experts, top_k and router temperature.
+
+How it works, in ten lines. vLLM calls ``register`` in each of its processes; it names one architecture
+per MoE family (``LeapQwen3MoeForCausalLM``, …) and the load format ``leap``, and patches nothing: stock
+models run exactly as without it. A ``Leap…`` class (models.py) is the stock class plus a mixin. The mixin
+reads the plan from leap.json beside the weights and refuses what contradicts it (loader.py). While the
+stock ``__init__`` runs, decoder layer l is built with the config's expert count and top_k set to l's own
+(layers.py), so that routers, experts and kernels get their true sizes and no vLLM code is copied.
+Weights then load as always, since a cut checkpoint numbers its experts 0…|I|−1; rows of a tuned router
+head, if there is one, take the place of the router's (loader.py). A temperature τ ≠ 1 divides that
+layer's logits in fp32 before vLLM's own scoring and top-k (router.py); it is in no weight. All private
+names of vLLM are in compat.py, checked by version and by signature.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from leap_serve.architectures import served_families
+from leap_serve.errors import LeapError
+
+
+def register() -> None:
+    """Entry point ``vllm.general_plugins``: register our architectures and load format. Safe to call twice.
+
+    With a vLLM that we do not support it says so, registers nothing and leaves stock models alone;
+    vLLM itself then refuses a ``Leap…`` checkpoint.
+    """
+    from leap_vllm import compat
+
+    try:
+        compat.check_vllm()
+    except LeapError as error:
+        logging.getLogger("vllm.leap").error("the leap plugin stays off: %s", error)
+        return
+    for family in served_families():
+        name = family.leap_architecture
+        compat.register_model(family.architecture, name, f"leap_vllm.models:{name}")
+    compat.register_loader("leap", "leap_vllm.loader:LeapLoader")

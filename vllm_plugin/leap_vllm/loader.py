@@ -1,0 +1,135 @@
+"""What a ``Leap…`` model reads beside its weights, and the load format ``leap``. Both refuse before weights move."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm.model_executor.model_loader import DefaultModelLoader
+
+from leap_serve.architectures import Family, role_of, text_config
+from leap_serve.checkpoint import ADAPTER, MANIFEST, ROUTER_HEAD, Checkpoint, check_cut, check_experts, resolve_model
+from leap_serve.errors import CheckpointError, UnsupportedError
+from leap_serve.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from vllm.config import LoadConfig, ModelConfig, VllmConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A cut checkpoint, checked: its plan and its tuned router rows.
+
+    Args:
+        folder: where it lies.
+        family: the row of its family.
+        plan: what leap.json holds.
+        num_hidden_layers: decoder layers of the main model.
+        router_head: "layers.{l}.weight" → [|I^(l)|, H], "layers.{l}.bias" → [|I^(l)|]; empty if there is none.
+    """
+
+    folder: Path
+    family: Family
+    plan: Plan
+    num_hidden_layers: int
+    router_head: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def with_router_head(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Pass the checkpoint's tensors on, those of the router replaced where the router head has them."""
+        unused = set(self.router_head)
+        for name, tensor in weights:
+            if name in self.router_head:  # the file itself, where vLLM takes every *.safetensors of the folder
+                continue
+            role = role_of(self.family, name, self.num_hidden_layers)
+            key = f"layers.{role.layer}.{name.rpartition('.')[2]}"
+            if role.kind == "router" and key in self.router_head:
+                unused.discard(key)
+                yield name, self.router_head[key]
+            else:
+                yield name, tensor
+        if unused:
+            raise CheckpointError(
+                self.folder / ROUTER_HEAD, f"{min(unused)} replaces nothing in the checkpoint", "tune again"
+            )
+
+
+def open_cut(vllm_config: VllmConfig, family: Family) -> Cut:
+    """Find, check and open the cut checkpoint that vLLM is about to load.
+
+    Raises LeapError: leap.json is absent or of an unknown version, parts bear different fingerprints, a
+    shard is missing or truncated, counts, shapes and plan disagree, or there is an adapter to merge.
+    """
+    folder = resolve_model(vllm_config.model_config.model, vllm_config.model_config.revision)
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(
+            folder, f"has no {MANIFEST}, without which architecture {family.leap_architecture} cannot be served",
+            f"copy {MANIFEST} from where the checkpoint was cut, or cut again",
+        )  # fmt: skip
+    checkpoint = Checkpoint.open(folder)
+    check_cut(checkpoint)
+    assert checkpoint.plan is not None  # check_cut refuses a checkpoint without one
+    check_groups(checkpoint, checkpoint.plan)
+    if (folder / ADAPTER).parent.exists():
+        raise UnsupportedError(
+            (folder / ADAPTER).parent, "holds an adapter that this version does not merge into the experts",
+            "move it away to serve the checkpoint without it",
+        )  # fmt: skip
+    return Cut(folder, family, checkpoint.plan, checkpoint.num_hidden_layers, _read_router_head(folder))
+
+
+def _read_router_head(folder: Path) -> dict[str, torch.Tensor]:
+    """Read router_head.safetensors, whose shapes and fingerprint check_cut has compared with the plan."""
+    from safetensors.torch import load_file
+
+    path = folder / ROUTER_HEAD
+    return load_file(path) if path.exists() else {}
+
+
+def check_groups(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Raise UnsupportedError where routing is limited to groups of experts and a layer cannot be divided so."""
+    if checkpoint.family.group_keys is None:
+        return
+    groups, kept = (int(text_config(checkpoint.config).get(key) or 1) for key in checkpoint.family.group_keys)
+    for index, layer in plan.layers.items():
+        count = len(layer.retained)
+        if count % groups or layer.top_k > count // groups * kept:
+            raise UnsupportedError(
+                checkpoint.folder / MANIFEST,
+                f"layer {index} retains {count} experts, its router picks {layer.top_k} of them from {kept} of"
+                f" {groups} equal groups",
+                "search with the same number of experts from each group, and enough of them",
+            )
+
+
+def check_any(checkpoint: Checkpoint) -> None:
+    """Raise LeapError unless a full or a cut checkpoint is whole, and loses no router head or adapter when served."""
+    if checkpoint.plan is not None:
+        check_cut(checkpoint)
+        return
+    check_experts(checkpoint)
+    if checkpoint.overlays:
+        raise CheckpointError(
+            checkpoint.overlays[0], f"lies beside a checkpoint that has no {MANIFEST}",
+            f"copy {MANIFEST} from where the checkpoint was cut, or move the file away",
+        )  # fmt: skip
+
+
+class LeapLoader(DefaultModelLoader):
+    """``--load-format leap``: vLLM's own loader, after the files were checked; reads safetensors only."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        ours = copy.copy(load_config)
+        ours.load_format = "safetensors"
+        super().__init__(ours)
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        """Check the checkpoint, then load it; a ``Leap…`` model has its own, stricter checks."""
+        folder = resolve_model(model_config.model, model_config.revision)
+        check_any(Checkpoint.open(folder))
+        model: Any = super().load_model(vllm_config, model_config, prefix)
+        return model
