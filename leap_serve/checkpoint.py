@@ -280,6 +280,9 @@ def check_experts(checkpoint: Checkpoint) -> None:
             role.kind == "router" and router_tail(checkpoint.family, name) in heads[role.layer]
         ):
             check_rows(entry, role, checkpoint.experts_in(role.layer))
+        elif role.kind == "other" and ".experts." in name:
+            what = f"{name} is an expert's, but not where {checkpoint.family.model_type} keeps experts"
+            raise UnsupportedError(entry.file, what, "convert the weights with transformers")
     for layer in checkpoint.moe_layers + checkpoint.mtp_layers:
         if not heads.get(layer):
             raise CheckpointError(checkpoint.folder, f"layer {layer} has experts but no router", "restore its weights")

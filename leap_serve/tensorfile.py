@@ -160,6 +160,11 @@ class Piece:
         """Size in bytes."""
         return sum(end - begin for begin, end in self.ranges)
 
+    @property
+    def elements(self) -> int:
+        """Number of stored elements."""
+        return prod(self.shape)
+
     @classmethod
     def whole(cls, entry: TensorEntry, name: str | None = None) -> Piece:
         """Return a tensor that is copied untouched, perhaps under another name."""
