@@ -1,0 +1,109 @@
+"""``leap inspect PATH``: what a checkpoint or a plan retains, what it weighs and where it came from."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from leap_serve.checkpoint import OPTIMIZER, Checkpoint, check_cut, check_experts, resolve_model
+from leap_serve.cli.console import say, table
+from leap_serve.errors import LeapError
+from leap_serve.flops import flops_per_token, parameters
+from leap_serve.plan import Plan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
+    parser.add_argument("path", help="a checkpoint folder, leap-tiny, a model id, or a plan.json")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Describe the thing and show it."""
+    path = Path(args.path)
+    if path.is_file() and path.suffix == ".json":
+        result = describe_plan(Plan.load(path))
+    else:
+        result = describe_checkpoint(Checkpoint.open(resolve_model(args.path)))
+    _show(args.path, result)
+    return result
+
+
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    """Return what a plan says, layer by layer."""
+    return {
+        "kind": "plan",
+        "base": {"id": plan.base.id, "revision": plan.base.revision, "sha256": plan.base.sha256},
+        "num_experts": plan.num_experts,
+        "uniform": plan.is_uniform,
+        "fingerprint": plan.fingerprint,
+        "retained_share": sum(plan.counts) / (len(plan.counts) * plan.num_experts),
+        "layers": [
+            {"layer": index, "retained": len(layer.retained), "top_k": layer.top_k, "temperature": layer.temperature}
+            for index, layer in plan.layers.items()
+        ],
+        "made_by": dict(plan.made_by),
+    }
+
+
+def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what a checkpoint holds; ``problem`` is the first thing that contradicts its manifest, or None."""
+    counted = parameters(checkpoint)
+    full = [
+        {"layer": index, "retained": checkpoint.num_experts, "top_k": checkpoint.top_k, "temperature": 1.0}
+        for index in checkpoint.moe_layers
+    ]
+    plan = describe_plan(checkpoint.plan) if checkpoint.plan else {"fingerprint": None, "layers": full, "made_by": {}}
+    beside = [path.relative_to(checkpoint.folder).as_posix() for path in checkpoint.overlays]
+    return {
+        **plan,
+        "kind": "cut" if checkpoint.plan else "model",
+        "family": checkpoint.family.model_type,
+        "architecture": (checkpoint.config.get("architectures") or [None])[0],
+        "identity": checkpoint.identity().sha256,
+        "num_experts": checkpoint.plan.num_experts if checkpoint.plan else checkpoint.num_experts,
+        "mtp_layers": {str(layer): checkpoint.experts_in(layer) for layer in checkpoint.mtp_layers},
+        "overlays": beside,
+        "optimizer": (checkpoint.folder / OPTIMIZER).exists(),
+        "shards": len(checkpoint.metadata),
+        "parameters": {"total": counted.total, "active": counted.active},
+        "weights_bytes": checkpoint.weight_bytes,
+        "weights_gib": checkpoint.weight_bytes / 2**30,
+        "flops_per_token": flops_per_token(checkpoint),
+        "problem": _problem(checkpoint),
+    }
+
+
+def _problem(checkpoint: Checkpoint) -> str | None:
+    try:
+        (check_cut if checkpoint.plan else check_experts)(checkpoint)
+    except LeapError as error:
+        return str(error)
+    return None
+
+
+def _show(name: str, result: dict[str, Any]) -> None:
+    rows: list[list[object]] = [["kind", result["kind"]]]
+    if result["kind"] != "plan":
+        rows += [
+            ["architecture", result["architecture"]],
+            ["parameters, total", f"{result['parameters']['total'] / 1e6:,.2f} M"],
+            ["parameters, active per token", f"{result['parameters']['active'] / 1e6:,.2f} M"],
+            ["FLOPs per token, theoretical", f"{result['flops_per_token'] / 1e6:,.2f} M"],
+            ["weights, GiB", f"{result['weights_gib']:.4f} in {result['shards']} file(s)"],
+            ["beside the weights", ", ".join(result["overlays"]) or "nothing"],
+        ]
+    if result["fingerprint"]:
+        rows += [
+            ["fingerprint", result["fingerprint"][:12]],
+            ["base model", f"{result['base']['id']} ({result['base']['sha256'][:12]})"],
+            ["made by", " ".join(map(str, result["made_by"].get("argv", []))) or "unknown"],
+        ]
+    table(name, ["", "value"], rows)
+    layers = [
+        [one["layer"], f"{one['retained']} of {result['num_experts']}", one["top_k"], f"{one['temperature']:g}"]
+        for one in result["layers"]
+    ]
+    table("MoE layers", ["layer", "experts", "top_k", "τ"], layers)
+    if result.get("problem"):
+        say(f"PROBLEM: {result['problem']}")
