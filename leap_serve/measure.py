@@ -21,12 +21,12 @@ from leap_serve.engine import RequestTiming
 from leap_serve.errors import LeapError
 
 LATENCY_METRICS = ("ttft_ms", "tpot_ms", "itl_ms", "e2el_ms")
-THROUGHPUT_METRICS = ("output_tok_s", "total_tok_s")
+RATE_METRICS = ("output_tok_s", "total_tok_s", "requests_s")
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One round: medians over its requests in ms, and tokens per second of the round as a whole."""
+    """One round: medians over its requests in ms, and rates per second of the round as a whole."""
 
     ttft_ms: float
     tpot_ms: float
@@ -34,6 +34,7 @@ class Sample:
     e2el_ms: float
     output_tok_s: float
     total_tok_s: float
+    requests_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,33 +70,45 @@ class Ratio:
         return asdict(self)
 
 
-def sample(timings: Sequence[RequestTiming], input_tokens: Sequence[int]) -> Sample:
-    """Reduce one round of requests that were submitted together.
+def sample(
+    timings: Sequence[RequestTiming],
+    input_tokens: Sequence[int],
+    starts_s: Sequence[float] | None = None,
+    output_tokens: Sequence[int] | None = None,
+) -> Sample:
+    """Reduce one round of requests.
 
     Args:
-        timings: token arrival times in seconds after the submission, one per request.
+        timings: token arrival times in seconds after the request's own submission.
         input_tokens: prompt lengths, aligned with ``timings``.
+        starts_s: when each request was submitted, in seconds on any common clock; None: all together.
+        output_tokens: tokens per request where several arrive in one piece (streaming); None: one per time.
 
     TPOT and ITL are NaN when every request has a single output token.
     Raises LeapError if a request produced no token: a round with holes is no measurement.
     """
-    if not timings or len(timings) != len(input_tokens):
+    starts_s = [0.0] * len(timings) if starts_s is None else starts_s
+    counts = [len(timing.token_times_s) for timing in timings] if output_tokens is None else output_tokens
+    if not timings or not len(timings) == len(input_tokens) == len(starts_s) == len(counts):
         raise LeapError("measure", f"{len(timings)} timings for {len(input_tokens)} prompts", "time every request")
     for index, timing in enumerate(timings):
         times = timing.token_times_s
         if not times or times[0] < 0 or any(late < early for early, late in itertools.pairwise(times)):
             raise LeapError("measure", f"request {index} has no token or times that run backwards", "measure again")
-    tpot = [(t.token_times_s[-1] - t.token_times_s[0]) / (len(t.token_times_s) - 1) for t in timings if _decodes(t)]
-    gaps = [gap for timing in timings for gap in np.diff(timing.token_times_s)]
-    span_s = max(timing.token_times_s[-1] for timing in timings)
-    output = sum(len(timing.token_times_s) for timing in timings)
+    first = [timing.token_times_s[0] for timing in timings]
+    last = [timing.token_times_s[-1] for timing in timings]
+    tpot = [(end - begin) / (count - 1) for begin, end, count in zip(first, last, counts, strict=True) if count > 1]
+    span_s = max(start + end for start, end in zip(starts_s, last, strict=True)) - min(starts_s)
+    if span_s <= 0:
+        raise LeapError("measure", "the round took no time", "use longer rounds")
     return Sample(
-        ttft_ms=1e3 * _median([timing.token_times_s[0] for timing in timings]),
+        ttft_ms=1e3 * _median(first),
         tpot_ms=1e3 * _median(tpot),
-        itl_ms=1e3 * _median(gaps),
-        e2el_ms=1e3 * _median([timing.token_times_s[-1] for timing in timings]),
-        output_tok_s=output / span_s if span_s else math.inf,
-        total_tok_s=(output + sum(input_tokens)) / span_s if span_s else math.inf,
+        itl_ms=1e3 * _median([gap for timing in timings for gap in np.diff(timing.token_times_s)]),
+        e2el_ms=1e3 * _median(last),
+        output_tok_s=sum(counts) / span_s,
+        total_tok_s=(sum(counts) + sum(input_tokens)) / span_s,
+        requests_s=len(timings) / span_s,
     )
 
 
@@ -125,10 +138,6 @@ def ratio(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> R
             break
         rank, outside = rank + 1, wider
     return Ratio(float(np.median(ratios)), ratios[rank - 1], ratios[n - rank], max(0.0, 1 - 2 * outside), n)
-
-
-def _decodes(timing: RequestTiming) -> bool:
-    return len(timing.token_times_s) > 1
 
 
 def _median(values: Sequence[float]) -> float:

@@ -1,0 +1,91 @@
+"""``python -m leap_serve.bench_worker``: one contender of a benchmark, in a process of its own.
+
+Speaks JSON lines: a request on standard input, its answer on standard output. Whatever vLLM prints
+goes to standard error. The parent stops the process (SIGSTOP) while the other contender is measured.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from leap_serve.errors import LeapError
+from leap_serve.workload import Workload, vocabulary_of
+
+
+class Contender:
+    """Answers requests; each method is a request of the same name, and returns JSON."""
+
+    def open(self, model: str, engine: Mapping[str, Any]) -> dict[str, Any]:
+        """Load the model into the engine that serves."""
+        from leap_serve.vllm_engine import VllmEngine
+
+        self.engine = VllmEngine(model, **engine)
+        self.vocabulary = vocabulary_of(Path(self.engine.model))
+        return {"dtype": self.engine.dtype, "max_model_len": self.engine.max_model_len, "threads": _threads()}
+
+    def round(self, workload: Mapping[str, Any], number: int) -> dict[str, Any]:
+        """Run one round of a workload; token times in seconds after the submission."""
+        load = Workload(**workload)
+        prompts = load.prompts(self.vocabulary, number)
+        timings = self.engine.generate_timed(prompts, load.output_tokens)
+        return {"times_s": [timing.token_times_s for timing in timings], "input_tokens": [len(p) for p in prompts]}
+
+    def memory(self) -> dict[str, Any]:
+        """Report bytes held."""
+        held = self.engine.memory()
+        return {
+            "weights_bytes": held.weights_bytes,
+            "kv_cache_bytes": held.kv_cache_bytes,
+            "peak_bytes": held.peak_bytes,
+        }
+
+    def client(self, flags: list[str]) -> dict[str, Any]:
+        """Run vLLM's serving benchmark as a client of a server that is up; per-request times in seconds."""
+        from vllm.benchmarks.serve import add_cli_args, main
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        parser = FlexibleArgumentParser()
+        add_cli_args(parser)
+        result = main(parser.parse_args([*flags, "--save-detailed"]))
+        wanted = ("completed", "failed", "errors", "start_times", "ttfts", "itls", "input_lens", "output_lens")
+        return {key: result.get(key) for key in wanted}
+
+
+def _threads() -> int:
+    import torch
+
+    return int(torch.get_num_threads())
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies: one that is stopped would stay for ever."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def main() -> int:
+    """Answer until standard input ends."""
+    _die_with_parent()
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    contender = Contender()
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = getattr(contender, request.pop("do"))(**request)
+        except LeapError as error:
+            answer = {"error": [error.where, error.what, error.remedy]}
+        print(json.dumps(answer), file=answers, flush=True)
+    # Freeing the model takes seconds and nobody waits for anything it could still say.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
