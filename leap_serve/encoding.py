@@ -23,11 +23,19 @@ class Encoded:
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Encode texts without adding special tokens."""
+    _check(tokenizer)
     return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
+
+
+def _check(tokenizer: Any) -> None:
+    # For a folder without tokenizer files transformers makes up an empty tokenizer.
+    if tokenizer is None or len(tokenizer) == 0:
+        raise LeapError("tokenizer", "the model's folder holds none", "copy the tokenizer's files beside config.json")
 
 
 def prefix_ids(tokenizer: Any) -> list[int]:
     """Return what the tokenizer puts before a text: [BOS] or nothing."""
+    _check(tokenizer)
     # An appended end of text must not stand between prompt and answer, so only the leading part counts.
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and list(tokenizer("").get("input_ids", []))[:1] == [bos] else []

@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,7 @@ class VllmEngine:
     ) -> None:
         from leap_serve.checkpoint import Checkpoint, resolve_model
 
-        self.model = resolve_model(model)
+        self.model = resolve_model(str(model))
         self.checkpoint = Checkpoint.open(self.model)
         self.enforce_eager = enforce_eager
         _prepare_environment(kv_cache_gib, tensor_parallel_size, quiet)
@@ -199,7 +200,8 @@ class VllmEngine:
 
     def _run(self, prompts: Sequence[Sequence[int]], params: Any, progress: Progress | None) -> list[Any]:
         """Run token-id prompts to their end and return vLLM's outputs in order."""
-        engine, finished = self._llm.llm_engine, {}
+        engine = self._llm.llm_engine
+        finished: dict[str, Any] = {}
         with self._requests_of(prompts, params) as names:
             while engine.has_unfinished_requests():
                 before = len(finished)
@@ -228,13 +230,16 @@ def _prepare_environment(kv_cache_gib: float, tensor_parallel_size: int, quiet: 
     if kv_cache_gib <= 0:
         raise LeapError("kv_cache_gib", f"is {kv_cache_gib}", "give a positive number of GiB")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(kv_cache_gib))))
+    # On CPU this variable would override the argument, and it knows whole GiB only.
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     if tensor_parallel_size > 1:
         # vLLM binds each CPU worker to cores of its own, and refuses when there are too few.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     if quiet:
         os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         logging.getLogger("vllm").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", message=r"`torch\.distributed\.reduce_op` is deprecated")
 
 
 @contextlib.contextmanager

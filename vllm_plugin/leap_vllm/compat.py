@@ -206,3 +206,20 @@ def reduced_experts(
     if runner.moe_config.tp_size > 1 and not runner._fused_output_is_reduced:
         out = tensor_model_parallel_all_reduce(out)
     return out
+
+
+def packed_elements(model: nn.Module) -> int:
+    """Return how many weights vLLM's CPU build has moved out of sight.
+
+    It repacks linear layers for its own kernels and leaves an empty parameter behind.
+    """
+    hidden = 0
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if weight is not None and hasattr(module, "cpu_linear") and weight.numel() == 0:
+            rows = getattr(module, "output_size_per_partition", None) or getattr(module, "output_size", None)
+            columns = getattr(module, "input_size_per_partition", None) or getattr(module, "input_size", None)
+            if rows is None or columns is None:
+                rows, columns = module.num_embeddings_per_partition, module.embedding_dim
+            hidden += int(rows) * int(columns)
+    return hidden

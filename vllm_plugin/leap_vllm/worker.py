@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 
+from leap_vllm import compat
+from leap_vllm.profiling import Recording
+
 
 class LeapWorker:
     """Mixed into vLLM's worker class (worker_extension_cls). Names begin with ``leap_`` to stay clear of vLLM's own."""
 
     model_runner: Any
+    leap_recording: Recording | None = None
 
     def leap_memory(self) -> dict[str, int]:
         """Return bytes: {"weights": parameters, "kv_cache": cache, "peak": peak GPU memory, or resident set on CPU}."""
@@ -24,7 +28,24 @@ class LeapWorker:
             peak = torch.cuda.max_memory_allocated()
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {"weights": sum(weights.values()), "kv_cache": sum(cache.values()), "peak": peak}
+        packed = compat.packed_elements(model) * self.model_runner.dtype.itemsize
+        return {"weights": sum(weights.values()) + packed, "kv_cache": sum(cache.values()), "peak": peak}
+
+    def leap_start_profile(self) -> None:
+        """Begin to record the experts' statistics; raises UnsupportedError where they cannot be seen."""
+        self.leap_stop_profile()
+        self.leap_recording = Recording(self.model_runner.get_model())
+
+    def leap_read_profile(self) -> dict[int, dict[str, bytes]]:
+        """Return {MoE layer: {statistic: float64 bytes}} since the start; the same on every rank."""
+        assert self.leap_recording is not None, "leap_start_profile comes first"
+        return self.leap_recording.read()
+
+    def leap_stop_profile(self) -> None:
+        """Take the hooks off; harmless without a recording."""
+        if self.leap_recording is not None:
+            self.leap_recording.remove()
+            self.leap_recording = None
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -1,0 +1,240 @@
+"""The reference engine: transformers in fp32 or bf16, on CPU or CUDA. Slow, simple, and independent of vLLM."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from leap_serve import encoding
+from leap_serve.checkpoint import Checkpoint, resolve_model
+from leap_serve.engine import Completion, Memory, Progress, RequestTiming, Score
+from leap_serve.errors import LeapError, UnsupportedError
+
+if TYPE_CHECKING:
+    from leap_serve.profile import Profile
+    from leap_serve.tasks.base import Item
+
+BATCH = 16
+
+
+class TorchEngine:
+    """A transformers causal LM behind the Engine protocol.
+
+    Args:
+        model: checkpoint folder, a bundled name, or a model id; cuts that only our plugin can hold are refused.
+        dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+        device: "cpu" or "cuda"; None takes CUDA where there is one.
+        max_model_len: longest sequence in tokens; None takes the model's own.
+    """
+
+    name = "torch"
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        dtype: str = "auto",
+        device: str | None = None,
+        max_model_len: int | None = None,
+    ) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        folder = resolve_model(str(model))
+        self.checkpoint = Checkpoint.open(folder)
+        _check_stock(self.checkpoint)
+        if dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise LeapError("dtype", f"is {dtype!r}", "choose auto, float32, bfloat16 or float16")
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+            self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(self.device).eval()
+        except (ValueError, OSError, RuntimeError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise LeapError(model, f"transformers refuses it ({first[:600]})", "correct the model") from error
+        self.dtype = str(self._model.dtype).removeprefix("torch.")
+        self.max_model_len: int = max_model_len or self._model.config.get_text_config().max_position_embeddings
+        self._cache_bytes = 0
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode texts without adding special tokens."""
+        return encoding.encode(self.tokenizer, texts)
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator, unused-ignore]
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_tokens: int,
+        stop: Sequence[str] = (),
+        temperature: float = 0.0,
+        seed: int | None = None,
+        progress: Progress | None = None,
+    ) -> list[Completion]:
+        """Complete each prompt; greedy at temperature 0. A completion ends early where max_model_len is reached."""
+        ids = encoding.encode_prompts(self.tokenizer, prompts)
+        encoding.check_lengths([len(i) for i in ids], self.max_model_len - 1, "prompt")
+        random = torch.Generator(self.device)
+        if seed is None:
+            random.seed()
+        else:
+            random.manual_seed(seed)
+        ends = set(encoding.end_ids(self.tokenizer)) | set(_listed(self._model.generation_config.eos_token_id))
+        done: list[Completion] = []
+        for start in range(0, len(ids), BATCH):
+            rows = [_Row(self.tokenizer, tuple(stop), ends) for _ in ids[start : start + BATCH]]
+            batch = ids[start : start + BATCH]
+
+            def choose(logits: torch.Tensor, rows: list[_Row] = rows) -> torch.Tensor | None:
+                tokens = _choose(logits, temperature, random)
+                for row, token in zip(rows, tokens.tolist(), strict=True):
+                    row.take(token)
+                return None if all(row.finished for row in rows) else tokens
+
+            self._decode(batch, min(max_tokens, self.max_model_len - max(map(len, batch))), choose)
+            done += [row.completion() for row in rows]
+            if progress is not None:
+                progress(len(done), len(ids))
+        return done
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator, unused-ignore]
+    def score(self, items: Sequence[Item], progress: Progress | None = None) -> list[Score]:
+        """Score each item's answer after its prompt, teacher-forced, followed by the end-of-text token."""
+        end = encoding.end_ids(self.tokenizer)
+        encoded = encoding.encode_items(self.tokenizer, items)
+        ids = [e.prompt + e.answer + end for e in encoded]
+        encoding.check_lengths([len(i) for i in ids], self.max_model_len, "item")
+        scores = []
+        for one, whole in zip(encoded, ids, strict=True):
+            tokens = torch.tensor([whole], device=self.device)
+            logprobs = self._model(input_ids=tokens, use_cache=False).logits[0].float().log_softmax(-1)
+            first = max(1, len(one.prompt))
+            picked = logprobs[first - 1 : -1].gather(1, tokens[0, first:, None])
+            scores.append(Score(float(picked.double().sum()), len(whole) - first))
+            if progress is not None:
+                progress(len(scores), len(ids))
+        return scores
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator, unused-ignore]
+    def profile(self, items: Sequence[Item], progress: Progress | None = None) -> Profile:
+        """Collect the experts' statistics over prompt + answer of every item, one item at a time, without padding."""
+        from leap_serve.profile import assemble
+        from leap_serve.torch_profile import observe
+
+        encoded = encoding.encode_items(self.tokenizer, items)
+        ids = [e.prompt + e.answer for e in encoded]
+        encoding.check_lengths([len(i) for i in ids], self.max_model_len, "item")
+        with observe(self._model, self.checkpoint.family) as layers:
+            for number, whole in enumerate(ids, 1):
+                self._model(input_ids=torch.tensor([whole], device=self.device), use_cache=False)
+                if progress is not None:
+                    progress(number, len(ids))
+        read = {index: layers[index].statistics for index in sorted(layers)}
+        return assemble(read, self.checkpoint, items, engine=self.name, dtype=self.dtype)
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator, unused-ignore]
+    def generate_timed(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[RequestTiming]:
+        """Submit all token-id prompts as one batch, decode exactly ``output_tokens`` each, and time every token."""
+        encoding.check_lengths([len(i) for i in prompts], self.max_model_len - output_tokens, "prompt")
+        times: list[float] = []
+        started = time.perf_counter()
+
+        def choose(logits: torch.Tensor) -> torch.Tensor:
+            tokens = logits.argmax(-1)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+            return tokens
+
+        self._decode(prompts, output_tokens, choose)
+        return [RequestTiming(tuple(times)) for _ in prompts]
+
+    def memory(self) -> Memory:
+        """Report parameters, the KV cache of the last batch, and peak memory, in bytes."""
+        weights = sum(p.numel() * p.element_size() for p in self._model.parameters())
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return Memory(weights, self._cache_bytes, peak)
+
+    def close(self) -> None:
+        """Free the model."""
+        self._model = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _decode(
+        self, prompts: Sequence[Sequence[int]], steps: int, choose: Callable[[torch.Tensor], torch.Tensor | None]
+    ) -> None:
+        """Decode up to ``steps`` tokens; ``choose`` turns logits [B, V] into tokens [B], or None to end."""
+        longest = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=self.device)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(list(prompt), device=self.device)
+            mask[row, longest - len(prompt) :] = 1
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        cache: Any = None
+        for _ in range(steps):
+            out = self._model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+                logits_to_keep=1,
+            )  # fmt: skip
+            cache = out.past_key_values
+            tokens = choose(out.logits[:, -1].float())
+            if tokens is None:
+                break
+            ids = tokens[:, None]
+            mask = torch.cat([mask, torch.ones_like(ids)], 1)
+            positions = positions[:, -1:] + 1
+        self._cache_bytes = sum(t.numel() * t.element_size() for at in cache.layers for t in (at.keys, at.values))
+
+
+class _Row:
+    """One sequence that is being generated."""
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...], ends: set[int]) -> None:
+        self.tokenizer, self.stop, self.ends = tokenizer, stop, ends
+        self.tokens: list[int] = []
+        self.text, self.finished = "", False
+
+    def take(self, token: int) -> None:
+        """Append a token unless the sequence has ended; cut the text at the first stop string."""
+        if self.finished:
+            return
+        self.tokens.append(token)
+        self.text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        found = [place for place in map(self.text.find, self.stop) if place >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+        self.finished = token in self.ends or bool(found)
+
+    def completion(self) -> Completion:
+        """Return what was generated."""
+        return Completion(self.text, tuple(self.tokens), "stop" if self.finished else "length")
+
+
+def _choose(logits: torch.Tensor, temperature: float, random: torch.Generator) -> torch.Tensor:
+    """Pick the next token of each row of [B, V]."""
+    if temperature == 0.0:
+        return logits.argmax(-1)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=random)[:, 0]
+
+
+def _listed(value: int | list[int] | None) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _check_stock(checkpoint: Checkpoint) -> None:
+    """Refuse a cut that stock transformers would misread."""
+    if checkpoint.plan is not None and (not checkpoint.plan.is_uniform or checkpoint.overlays):
+        raise UnsupportedError(
+            checkpoint.folder, "its layers differ in experts, top_k or temperature, or it has overlays",
+            "use --engine vllm, whose plugin holds such a cut",
+        )  # fmt: skip
