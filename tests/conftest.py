@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from families import make_checkpoint
+
+# tests/ is on sys.path for `families` and its like, and so Python would take the folder tests/leap_serve for a
+# namespace package of that name before it asks the editable install: the real packages are imported without it.
+_TESTS = [entry for entry in sys.path if entry == str(Path(__file__).parent)]
+sys.path[:] = [entry for entry in sys.path if entry not in _TESTS]
+for _package in ("leap_serve", "leap_vllm", "leap_kernels", "leap_training"):
+    importlib.import_module(_package)
+sys.path[:0] = _TESTS
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
