@@ -76,6 +76,7 @@ class Worker:
             [sys.executable, "-m", "leap_serve.bench_worker"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=_environment(env or {}),
         )  # fmt: skip
+        self.pid = self._process.pid
         self._pending = b""
         self.about: dict[str, Any] = {}
 
