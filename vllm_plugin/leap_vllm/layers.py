@@ -25,8 +25,6 @@ class LeapModel:
         compat.check_signatures()
         cut = loader.open_cut(vllm_config, self.leap_family)
         check_parallel(cut.plan, cut.family, vllm_config)
-        # What torch.compile traces depends on the plan, so the plan belongs in the key of vLLM's compile cache.
-        vllm_config.additional_config = {**vllm_config.additional_config, "leap_fingerprint": cut.plan.fingerprint}
         with built_to_plan(vllm_config.model_config.hf_text_config, self.leap_family, cut.plan):
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.leap_cut = cut

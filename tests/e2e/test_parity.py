@@ -1,0 +1,44 @@
+"""What vLLM serves is the pruned model: every family, full-vocabulary log-probabilities, against transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from parity import CONTROL, TOLERANCE, measure, uneven_plan
+
+from leap_serve.architectures import served_families
+
+pytestmark = pytest.mark.e2e
+FAMILIES = [family.model_type for family in served_families()]
+
+
+@pytest.fixture(scope="module")
+def rows(family_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """All families, cut unevenly, served one after another by one process."""
+    models = {name: (family_checkpoint(name), uneven_plan(family_checkpoint(name))) for name in FAMILIES}
+    return measure(models, tmp_path_factory.mktemp("parity"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_uneven_cut_equals_masked_router(rows: Any, family: str) -> None:
+    row = rows[family]
+    assert len(set(row["retained"])) > 2 and len(set(row["temperature"])) > 2
+    assert row["max_diff"] <= TOLERANCE, row
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_check_can_fail(rows: Any, family: str) -> None:
+    controls = rows[family]["controls"]
+    assert {"unpruned", "no temperature", "one other expert"} <= set(controls)
+    assert min(controls.values()) > CONTROL, controls
+
+
+def test_tensor_parallel_two(family_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    # qwen3_moe has one tensor per expert and the gate inside the runner, gpt_oss fused tensors with biases.
+    models = {name: (family_checkpoint(name), uneven_plan(family_checkpoint(name))) for name in ("qwen3_moe", "gpt_oss")}
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    rows = measure(models, tmp_path, env, tensor_parallel_size=2, distributed_executor_backend="mp")
+    assert {name: row["max_diff"] <= TOLERANCE for name, row in rows.items()} == dict.fromkeys(rows, True), rows

@@ -1,0 +1,91 @@
+"""Parity of vLLM + plugin, serving a cut checkpoint, with transformers running the full model behind masked routers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from reference import Layer, reference_logprobs
+from serving import Job, serve
+
+from leap_serve.checkpoint import Checkpoint
+from leap_serve.cut import cut
+from leap_serve.plan import LayerPlan, Plan
+
+TOLERANCE = 1e-4
+"""Largest allowed difference of a log-probability, fp32, over the whole vocabulary and all positions."""
+CONTROL = 1e-2
+"""What a wrong reference must differ by at least: a hundred times the tolerance."""
+COUNTS, TEMPERATURES = (5, 2, 7, 4), (1.0, 0.7, 1.3, 0.45)
+LENGTHS = (1, 2, 7, 33, 60)
+
+
+def uneven_plan(folder: Path, seed: int = 1, temperatures: Sequence[float] = TEMPERATURES) -> Plan:
+    """Different |I|, top_k and τ in each layer; odd counts and |I| = top_k among them; random experts."""
+    checkpoint, draw = Checkpoint.open(folder), random.Random(seed)
+    k = checkpoint.top_k
+    counts = [max(k, count * checkpoint.num_experts // 8) for count in COUNTS]
+    counts[1] = k
+    top_k = (k, k, max(1, k - 1), k)
+    layers = {
+        layer: LayerPlan(tuple(sorted(draw.sample(range(checkpoint.num_experts), counts[i]))), top_k[i], tau)
+        for layer, i, tau in zip(checkpoint.moe_layers, range(4), temperatures, strict=False)
+    }
+    return Plan(checkpoint.identity(), checkpoint.num_experts, layers)
+
+
+def prompts(vocabulary: int, seed: int = 0) -> list[list[int]]:
+    """Random token ids, one token long to sixty."""
+    draw = random.Random(seed)
+    return [[draw.randrange(3, vocabulary) for _ in range(length)] for length in LENGTHS]
+
+
+def largest_difference(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
+    """Largest absolute difference over prompts, positions and vocabulary; shapes must agree."""
+    assert [row.shape for row in ours] == [row.shape for row in theirs]
+    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+
+
+def wrong_layers(plan: Plan) -> dict[str, dict[int, Layer]]:
+    """References that parity must not hold against: no plan, and plans wrong in one thing each."""
+    layers = reference_layers(plan)
+    wrong: dict[str, dict[int, Layer]] = {"unpruned": {}}
+    if any(layer.temperature != 1.0 for layer in plan.layers.values()):
+        wrong["no temperature"] = {index: (ids, k, 1.0) for index, (ids, k, _) in layers.items()}
+    for index, (ids, k, tau) in layers.items():
+        dropped = sorted(set(range(plan.num_experts)) - set(ids))
+        if dropped and "one other expert" not in wrong:
+            wrong["one other expert"] = {**layers, index: (sorted([*ids[1:], dropped[0]]), k, tau)}
+        if k > 1 and "other top_k" not in wrong:
+            wrong["other top_k"] = {**layers, index: (ids, k - 1, tau)}
+    return wrong
+
+
+def reference_layers(plan: Plan) -> dict[int, Layer]:
+    """The plan as the reference takes it."""
+    return {index: (layer.retained, layer.top_k, layer.temperature) for index, layer in plan.layers.items()}
+
+
+def measure(models: dict[str, tuple[Path, Plan]], work: Path, env: dict[str, str] | None = None, **args: Any) -> Any:
+    """Cut every model, serve the cuts, return {name: {"max_diff", "controls": {…}, "retained", "top_k"}}."""
+    asked = {name: prompts(Checkpoint.open(folder).config["vocab_size"]) for name, (folder, _) in models.items()}
+    for name, (folder, plan) in models.items():
+        cut(folder, plan, work / name)
+    served = serve([Job(str(work / name), asked[name], args) for name in models], env)
+    rows = {}
+    for (name, (folder, plan)), got in zip(models.items(), served, strict=True):
+        assert not got.error, f"{name}: {got.error}: {got.message}"
+        wrong = {
+            what: largest_difference(got.logprobs, reference_logprobs(folder, layers, asked[name]))
+            for what, layers in wrong_layers(plan).items()
+        }
+        right = reference_logprobs(folder, reference_layers(plan), asked[name])
+        rows[name] = {
+            "max_diff": largest_difference(got.logprobs, right), "controls": wrong, "retained": plan.counts,
+            "top_k": [layer.top_k for layer in plan.layers.values()],
+            "temperature": [layer.temperature for layer in plan.layers.values()],
+        }  # fmt: skip
+    return rows
