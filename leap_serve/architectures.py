@@ -66,7 +66,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("minicpm", "MiniCPMForCausalLM", "mlp", "gate", "num_experts", "num_experts_per_tok", "softmax", None),
 )  # fmt: skip
 
-_LAYER = re.compile(r"^(?P<stack>(?:.*\.)?(?P<mtp>mtp\.)?layers)\.(?P<layer>\d+)\.(?P<rest>.+)$")
+_LAYER = re.compile(r"^(?P<stack>(?:.*\.)?layers)\.(?P<layer>\d+)\.(?P<rest>.+)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,8 @@ def role_of(family: Family, name: str, num_hidden_layers: int) -> Role:
     found = _LAYER.match(name)
     if not found:
         return Role("other")
-    layer = int(found["layer"]) + (num_hidden_layers if found["mtp"] else 0)
+    mtp = f".{found['stack']}".endswith(".mtp.layers")
+    layer = int(found["layer"]) + (num_hidden_layers if mtp else 0)
     head = f"{found['stack']}.{found['layer']}."
     rest = found["rest"]
     experts = f"{family.block}.experts."
