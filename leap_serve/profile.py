@@ -74,7 +74,7 @@ class Profile:
         base: the model.
         num_experts: routed experts per MoE layer (E).
         top_k: MoE layer → experts per token.
-        groups: groups of group-limited routing; 1 where there are none.
+        groups, chosen_groups: of group-limited routing, how many and how many a token chooses from; 1 without.
         layers: MoE layer index → LayerProfile, in increasing order.
         tokens: tokens seen (prompt and answer).
         items: items seen.
@@ -87,6 +87,7 @@ class Profile:
     num_experts: int
     top_k: Mapping[int, int]
     groups: int
+    chosen_groups: int
     layers: Mapping[int, LayerProfile]
     tokens: int
     items: int
@@ -118,13 +119,17 @@ class Profile:
 
     def save(self, out: Path, force: bool = False) -> None:
         """Write the folder atomically; a non-empty one is refused without ``force``."""
+        with new_folder(out, force) as folder:
+            self.write(folder)
+
+    def write(self, folder: Path) -> None:
+        """Write the two files into an existing folder; :meth:`save` is the atomic way."""
         from safetensors.numpy import save_file
 
-        self.check(out)
-        with new_folder(out, force) as folder:
-            tensors = {f"layers.{i}.{k}": v for i, layer in self.layers.items() for k, v in layer.arrays().items()}
-            save_file(tensors, folder / "profile.safetensors")
-            write_json(folder / "profile.json", self._header(sha256_of(folder / "profile.safetensors")))
+        self.check(folder)
+        tensors = {f"layers.{i}.{k}": v for i, layer in self.layers.items() for k, v in layer.arrays().items()}
+        save_file(tensors, folder / "profile.safetensors")
+        write_json(folder / "profile.json", self._header(sha256_of(folder / "profile.safetensors")))
 
     def _header(self, tensors_sha256: str) -> dict[str, Any]:
         return {
@@ -133,6 +138,7 @@ class Profile:
             "num_experts": self.num_experts,
             "top_k": {str(index): k for index, k in self.top_k.items()},
             "groups": self.groups,
+            "chosen_groups": self.chosen_groups,
             "tokens": self.tokens,
             "items": self.items,
             "data_sha256": self.data_sha256,
@@ -164,6 +170,7 @@ class Profile:
                 num_experts=int(value["num_experts"]),
                 top_k={int(i): int(k) for i, k in sorted(value["top_k"].items(), key=lambda pair: int(pair[0]))},
                 groups=int(value["groups"]),
+                chosen_groups=int(value["chosen_groups"]),
                 layers=_layers(tensors),
                 tokens=int(value["tokens"]),
                 items=int(value["items"]),
@@ -194,10 +201,10 @@ def _layers(path: Path) -> dict[int, LayerProfile]:
     return {index: LayerProfile(**found[index]) for index in sorted(found)}
 
 
-def groups_of(checkpoint: Checkpoint) -> int:
-    """Return the number of expert groups of group-limited routing, 1 where the router knows none."""
-    keys = checkpoint.family.group_keys
-    return int(text_config(checkpoint.config).get(keys[0]) or 1) if keys else 1
+def groups_of(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Return (groups, groups a token chooses from) of group-limited routing; (1, 1) where the router knows none."""
+    keys, config = checkpoint.family.group_keys, text_config(checkpoint.config)
+    return (int(config.get(keys[0]) or 1), int(config.get(keys[1]) or 1)) if keys else (1, 1)
 
 
 def assemble(
@@ -210,10 +217,11 @@ def assemble(
             checkpoint.folder, "its layers hold different numbers of experts", "profile the full model"
         )
     top_k = {index: plan.layers[index].top_k if plan else checkpoint.top_k for index in layers}
+    groups, chosen = groups_of(checkpoint)
     first = next(iter(layers))
     tokens = round(float(layers[first].n.sum()) / top_k[first])
     profile = Profile(
-        base=checkpoint.identity(), num_experts=checkpoint.num_experts, top_k=top_k, groups=groups_of(checkpoint),
+        base=checkpoint.identity(), num_experts=checkpoint.num_experts, top_k=top_k, groups=groups, chosen_groups=chosen,
         layers=dict(layers), tokens=tokens, items=len(items), data_sha256=items_sha256(items), engine=engine,
         dtype=dtype, made_by=made_by(),
     )  # fmt: skip
