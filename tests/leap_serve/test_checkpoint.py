@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import content_of, make, qwen_config, qwen_tensors, read_safetensors, write_safetensors
 
 from leap_serve.checkpoint import Checkpoint, check_cut, check_experts, read_bytes, resolve_model
 from leap_serve.cut import cut
 from leap_serve.errors import CheckpointError, LeapError, UnsupportedError
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.tensorfile import read_header
+from synthetic import content_of, make, qwen_config, qwen_tensors, read_safetensors, write_safetensors
 
 
 @pytest.fixture

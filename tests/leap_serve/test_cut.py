@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import yaml
-from families import SPECIFIC, make_checkpoint
-from synthetic import make, qwen_config, qwen_tensors, read_all, read_safetensors
 
+from families import SPECIFIC, make_checkpoint
 from leap_serve.checkpoint import Checkpoint, check_cut
 from leap_serve.cut import cut
 from leap_serve.errors import LeapError, UnsupportedError
 from leap_serve.files import sha256_of
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.verify import verify
+from synthetic import make, qwen_config, qwen_tensors, read_all, read_safetensors
 
 ROUTERS = ("gate.weight", "gate.e_score_correction_bias", "router.weight", "router.bias")
 UNEVEN: Sequence[tuple[int, ...]] = ((0, 2, 5), (1, 3, 4, 7), (0, 1, 2, 3, 4, 5, 6, 7), (6, 7))
