@@ -84,6 +84,13 @@ class Server:
             os.killpg(self.pid, signal.SIGKILL)
         return self._process.wait()
 
+    def wait(self, timeout_s: float) -> int:
+        """Wait until it ends by itself and return its exit status; raises LeapError when it does not."""
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise LeapError(self.model, f"the server still runs after {timeout_s:.0f} s", "stop it") from None
+
     def _wait_ready(self, timeout_s: float) -> tuple[str, str]:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
