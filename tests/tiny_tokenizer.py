@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import string
 from pathlib import Path
 
@@ -22,3 +23,8 @@ def add_tokenizer(folder: Path, with_bos: bool = False) -> Path:
     )
     fast.save_pretrained(folder)
     return folder
+
+
+def talking_copy(checkpoint: Path, folder: Path, with_bos: bool = False) -> Path:
+    """Copy a checkpoint that has no tokenizer and give it one."""
+    return add_tokenizer(Path(shutil.copytree(checkpoint, folder)), with_bos)

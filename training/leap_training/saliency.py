@@ -187,10 +187,11 @@ def allocate(
     layers = {}
     for layer, take in rounds.items():
         reach = min(routing.groups, routing.chosen_groups) * take
-        if reach < wanted[layer]:
-            notices.append(f"layer {layer}: top_k is {reach} instead of {wanted[layer]}, so many experts can be chosen")
         retained = sorted(int(e) for e in ranked[layer].experts[:take].ravel())
         layers[layer] = LayerPlan(tuple(retained), min(wanted[layer], reach), temperature)
+    lowered = [layer for layer in layers if layers[layer].top_k < wanted[layer]]
+    if lowered:
+        notices.append(f"top_k is lowered to the number of experts that can be chosen, in layers {lowered}")
     record = made_by(allocation=allocation, budget=budget, experts=experts, notices=notices, **provenance)
     kept = {layer: tuple(map(float, found[layer])) for layer in layers}
     return Plan(routing.base, routing.num_experts, layers, kept, record)
