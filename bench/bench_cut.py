@@ -6,8 +6,8 @@ A synthetic sharded Qwen3-MoE checkpoint is made in a temporary folder and remov
 copies exactly the number of bytes that the cut writes (shards of the source, the last one in part), then
 cuts, both to fresh files, in a child process each; the order alternates. Both end with fsync, so both
 pay for the disk and not for the page cache alone; before each, what is dirty is synced. `copy_cached` is
-the copy's time before its fsync, for comparison. The source is read once beforehand, so that all rounds
-find it as cached as memory allows.
+the copy's time before its fsync, for comparison. The source has just been written and one cut is thrown
+away first, so that all rounds find the source as cached as memory allows.
 """
 
 from __future__ import annotations
