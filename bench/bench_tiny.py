@@ -14,8 +14,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from leap_training.saliency import plan_from_profile
-
 from leap_serve.bench import stamped
 from leap_serve.checkpoint import resolve_model
 from leap_serve.cli.console import progress_bar, table
@@ -25,6 +23,7 @@ from leap_serve.files import append_jsonl
 from leap_serve.tasks.registry import TASKS, load_task
 from leap_serve.vllm_engine import VllmEngine
 from leap_training.finetune import FinetuneConfig, finetune
+from leap_training.saliency import Routing, allocate, scores
 
 RESULTS = Path(__file__).parent / "results" / "leap_tiny.jsonl"
 
@@ -60,7 +59,9 @@ def main() -> None:
             finally:
                 engine.close()
             pruned, tuned = Path(folder, "pruned"), Path(folder, "tuned")
-            cut(model, plan_from_profile(profile, "frequency", experts=args.experts), pruned)
+            ranking = scores(profile, "frequency")
+            plan = allocate(ranking, Routing.of(profile), experts=args.experts, method="frequency")
+            cut(model, plan, pruned)
             before = score(pruned, [name], args.items)[name]
             with progress_bar(f"fine-tune {name}") as bar:
                 finetune(pruned, name, tuned, config, bar)

@@ -79,10 +79,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _prune(work: Path) -> list[str]:
     """Profile the model on every task's training split, plan and cut; return the names of the cuts."""
-    from leap_training.saliency import plan_from_profile
-
     from leap_serve.cut import cut
     from leap_serve.vllm_engine import VllmEngine
+    from leap_training.saliency import Routing, allocate, scores
 
     items = [item for name in TASKS for item in load_task(name).items("train", PROFILE_ITEMS)]
     engine = VllmEngine(MODEL)
@@ -96,7 +95,7 @@ def _prune(work: Path) -> list[str]:
     for method in METHODS:
         for kept in KEPT:
             name = f"{method}-{kept}"
-            plan = plan_from_profile(profile, method, experts=kept)
+            plan = allocate(scores(profile, method), Routing.of(profile), experts=kept, method=method)
             plan.save(work / f"{name}.json")
             cut(resolve_model(MODEL), plan, work / name)
             names.append(name)
