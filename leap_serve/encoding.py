@@ -28,8 +28,8 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def _check(tokenizer: Any) -> None:
-    # For a folder without tokenizer files transformers makes up an empty tokenizer.
-    if tokenizer is None or len(tokenizer) == 0:
+    # For a folder without tokenizer files transformers makes up an empty one, which turns any text into nothing.
+    if tokenizer is None or not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise LeapError("tokenizer", "the model's folder holds none", "copy the tokenizer's files beside config.json")
 
 

@@ -1,0 +1,59 @@
+"""The serving engine and transformers see the same experts do the same things, in every family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from families import SPECIFIC
+from leap_serve.profile import STATISTICS
+from leap_serve.tasks.base import Item
+from leap_serve.torch_engine import TorchEngine
+from leap_serve.vllm_engine import VllmEngine
+from tiny_tokenizer import talking_copy
+
+pytestmark = pytest.mark.e2e
+# Shared prefixes (a prefix cache would hide tokens), an empty prompt, and lengths that fill no block evenly.
+ITEMS = [
+    Item("0", "The quick brown fox", " jumps over the lazy dog."),
+    Item("1", "The quick brown fox", " sleeps."),
+    Item("2", "", "def f(x):\n    return x + 1\n"),
+    Item("3", "0123456789 " * 5, "ABC"),
+]
+TOKENS = sum(len(item.prompt) + len(item.answer) for item in ITEMS)
+
+
+@pytest.mark.parametrize("family", SPECIFIC)
+def test_vllm_and_transformers_agree(family: str, family_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    model = talking_copy(family_checkpoint(family), tmp_path / family)
+    reference = TorchEngine(model, dtype="float32", device="cpu")
+    expected, expected_scores = reference.profile(ITEMS), reference.score(ITEMS)
+    reference.close()
+    # 48 tokens per step: prompts are prefilled in several chunks, mixed in one batch.
+    engine = VllmEngine(model, dtype="float32", kv_cache_gib=0.05, max_model_len=128, max_num_batched_tokens=128,
+                        long_prefill_token_threshold=24)  # fmt: skip
+    try:
+        before = engine.generate([item.prompt + item.answer for item in ITEMS], 6)
+        found = engine.profile(ITEMS)
+        watched = engine._rpc("leap_start_profile"), engine.score(ITEMS), engine._rpc("leap_stop_profile")
+        scores = engine.score(ITEMS)
+        after = engine.generate([item.prompt + item.answer for item in ITEMS], 6)
+    finally:
+        engine.close()
+    assert before == after
+    assert watched[1] == scores, "recording changed what the model computes"
+    np.testing.assert_allclose([s.logprob for s in scores], [s.logprob for s in expected_scores], rtol=1e-4)
+    assert [s.tokens for s in scores] == [s.tokens for s in expected_scores]
+    assert found.tokens == expected.tokens == TOKENS
+    assert (found.base, found.top_k, found.data_sha256) == (expected.base, expected.top_k, expected.data_sha256)
+    for index, layer in expected.layers.items():
+        for name in STATISTICS:
+            np.testing.assert_allclose(
+                getattr(found.layers[index], name), getattr(layer, name), rtol=1e-4, atol=1e-9,
+                err_msg=f"{family}, layer {index}, {name}",
+            )  # fmt: skip
+        assert layer.n.sum() == TOKENS * expected.top_k[index]
+        assert len(np.flatnonzero(layer.n)) > expected.top_k[index], "the routing must not be trivial"
