@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
+from cutting import expected_of, plan_for, take_rows, uneven
 from families import SPECIFIC, make_checkpoint
 from leap_serve.checkpoint import Checkpoint, check_cut
 from leap_serve.cut import cut
@@ -18,52 +17,12 @@ from leap_serve.errors import LeapError, UnsupportedError
 from leap_serve.files import sha256_of
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.verify import verify
-from synthetic import make, qwen_config, qwen_tensors, read_all, read_safetensors
-
-ROUTERS = ("gate.weight", "gate.e_score_correction_bias", "router.weight", "router.bias")
-UNEVEN: Sequence[tuple[int, ...]] = ((0, 2, 5), (1, 3, 4, 7), (0, 1, 2, 3, 4, 5, 6, 7), (6, 7))
-
-
-def plan_for(folder: Path, ids: Callable[[int], Sequence[int]], top_k: int | None = None, tau: float = 1.0) -> Plan:
-    """A plan for every MoE layer of a model: ids(layer) and one τ."""
-    model = Checkpoint.open(folder)
-    layers = {
-        layer: LayerPlan(tuple(ids(layer)), min(top_k or model.top_k, len(ids(layer))), tau)
-        for layer in model.moe_layers
-    }
-    return Plan(model.identity(), model.num_experts, layers)
-
-
-def uneven(layer: int) -> Sequence[int]:
-    return UNEVEN[layer % 4]
+from synthetic import make, qwen_config, qwen_tensors, read_all
 
 
 def tree(folder: Path) -> dict[str, str]:
     """Every file below a folder and its hash."""
     return {str(p.relative_to(folder)): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def expected_of(
-    tensors: Mapping[str, Any], ids: Callable[[int], Sequence[int]], take: Callable[..., Any]
-) -> dict[str, Any]:
-    """What the cut must hold, from the names alone and by plain slicing."""
-    out = {}
-    for name, value in tensors.items():
-        layer = re.search(r"layers\.(\d+)\.", name)
-        expert = re.search(r"\.experts\.(\d+)\.", name)
-        if expert and layer:
-            retained = list(ids(int(layer[1])))
-            if int(expert[1]) in retained:
-                out[name.replace(expert[0], f".experts.{retained.index(int(expert[1]))}.")] = value
-        elif layer and (".experts." in name or (name.endswith(ROUTERS) and "shared" not in name)):
-            out[name] = take(value, list(ids(int(layer[1]))))
-        else:
-            out[name] = value
-    return out
 
 
 # --- values, against torch's own slicing ------------------------------------------------------------------
@@ -136,15 +95,9 @@ def test_an_even_cut_loads_in_stock_transformers_and_equals_the_masked_model(
 # --- layouts that no tiny model of transformers has -------------------------------------------------------
 
 
-def _take(value: tuple[str, tuple[int, ...], bytes], ids: list[int]) -> tuple[str, tuple[int, ...], bytes]:
-    dtype, shape, blob = value
-    size = len(blob) // shape[0]
-    return dtype, (len(ids), *shape[1:]), b"".join(blob[i * size : (i + 1) * size] for i in ids)
-
-
 def check(folder: Path, out: Path, ids: Callable[[int], Sequence[int]]) -> None:
     """Compare a cut with its source by plain slicing of bytes."""
-    assert read_all(out) == expected_of(read_all(folder), ids, _take)
+    assert read_all(out) == expected_of(read_all(folder), ids, take_rows)
     verify(out, folder)
 
 
@@ -227,8 +180,8 @@ def test_llama4_with_vision_and_fused_scales(tmp_path: Path) -> None:
     cut(folder, even, tmp_path / "cut")
     got, source = read_all(tmp_path / "cut"), read_all(folder)
     name = "language_model.model.layers.1.feed_forward.experts.{}"
-    assert got[name.format("down_proj")] == _take(source[name.format("down_proj")], [1, 5, 6])
-    assert got[name.format("gate_up_proj_scale")] == _take(source[name.format("gate_up_proj_scale")], [1, 5, 6])
+    assert got[name.format("down_proj")] == take_rows(source[name.format("down_proj")], [1, 5, 6])
+    assert got[name.format("gate_up_proj_scale")] == take_rows(source[name.format("gate_up_proj_scale")], [1, 5, 6])
     assert got[name.format("input_scale")] == source[name.format("input_scale")]
     verify(tmp_path / "cut", folder)
     written = json.loads((tmp_path / "cut" / "config.json").read_text())
@@ -249,7 +202,7 @@ def test_mtp_layers_follow_the_last_main_layer_or_their_own_plan(tmp_path: Path,
     plan = plan_for(folder, uneven)
     cut(folder, plan, tmp_path / "cut")
     got, source = read_all(tmp_path / "cut"), read_all(folder)
-    assert got[f"{mtp}mlp.gate.weight"] == _take(source[f"{mtp}mlp.gate.weight"], [1, 3, 4, 7])
+    assert got[f"{mtp}mlp.gate.weight"] == take_rows(source[f"{mtp}mlp.gate.weight"], [1, 3, 4, 7])
     assert got[f"{mtp}mlp.experts.1.up_proj.weight"] == source[f"{mtp}mlp.experts.3.up_proj.weight"]
     assert f"{mtp}mlp.experts.4.up_proj.weight" not in got
     assert got[f"{mtp}eh_proj.weight"] == source[f"{mtp}eh_proj.weight"]
@@ -259,7 +212,7 @@ def test_mtp_layers_follow_the_last_main_layer_or_their_own_plan(tmp_path: Path,
 
     named = Plan(plan.base, 8, {**plan.layers, 2: LayerPlan((0, 7), 2)})
     cut(folder, named, tmp_path / "named")
-    assert read_all(tmp_path / "named")[f"{mtp}mlp.gate.weight"] == _take(source[f"{mtp}mlp.gate.weight"], [0, 7])
+    assert read_all(tmp_path / "named")[f"{mtp}mlp.gate.weight"] == take_rows(source[f"{mtp}mlp.gate.weight"], [0, 7])
     verify(tmp_path / "named", folder)
 
 
@@ -281,100 +234,11 @@ def test_of_a_router_of_several_layers_only_the_last_affine_head_is_cut(tmp_path
         for part in ("0.weight", "0.bias", "2.weight", "2.bias"):
             assert got[head + part] == source[head + part]
         for part in ("10.weight", "10.bias"):
-            assert got[head + part] == _take(source[head + part], list(uneven(layer)))
+            assert got[head + part] == take_rows(source[head + part], list(uneven(layer)))
     verify(tmp_path / "cut", folder)
 
 
-# --- what else is written ---------------------------------------------------------------------------------
-
-
-def test_config_index_manifest_and_run(tmp_path: Path) -> None:
-    config = qwen_config(expert_capacity=100, capacity_factor=1.25)
-    config["quantization_config"] = {
-        "quant_method": "fp8",
-        "ignored_layers": ["lm_head", "model.layers.0.mlp.experts.2.up_proj", "model.layers.0.mlp.experts.3.up_proj"],
-        "modules_to_not_convert": ["layers.1.mlp.experts.7", "re:.*mlp.gate$"],
-        "per_module": {"model.layers.1.mlp.experts.4.up_proj": {"bits": 8}, "model.layers.1.mlp.experts.5.up_proj": {}},
-    }
-    folder = make(tmp_path / "m", qwen_tensors(), config, shards=2, total_parameters=1_000_000)
-    report = cut(folder, plan_for(folder, uneven), tmp_path / "cut", max_shard_bytes=6000)
-    out = tmp_path / "cut"
-    written = json.loads((out / "config.json").read_text())
-    assert (written["num_experts"], written["num_experts_per_tok"], written["expert_capacity"]) == (4, 2, 267)
-    assert (written["capacity_factor"], written["router_aux_loss_coef"]) == (1.25, 0.001)
-    assert written["leap_fingerprint"] == report.fingerprint
-    assert written["quantization_config"] == {
-        "quant_method": "fp8",
-        "ignored_layers": ["lm_head", "model.layers.0.mlp.experts.1.up_proj"],
-        "modules_to_not_convert": ["layers.1.mlp.experts.3", "re:.*mlp.gate$"],
-        "per_module": {"model.layers.1.mlp.experts.2.up_proj": {"bits": 8}},
-    }
-
-    index = json.loads((out / "model.safetensors.index.json").read_text())
-    files = sorted(out.glob("*.safetensors"))
-    assert [file.name for file in files] == [
-        f"model-{k:05d}-of-{len(files):05d}.safetensors" for k in range(1, len(files) + 1)
-    ]
-    for file in files:
-        assert {n for n, f in index["weight_map"].items() if f == file.name} == set(read_safetensors(file))
-        assert sum(len(blob) for _, _, blob in read_safetensors(file).values()) <= 6000
-    size = sum(len(blob) for _, _, blob in read_all(out).values())
-    assert index["metadata"]["total_size"] == size == report.weights_bytes
-    # 9 of the 16 experts go, 3 × 128 elements each, and 9 router rows of 16.
-    assert index["metadata"]["total_parameters"] == 1_000_000 - 9 * (3 * 128 + 16)
-
-    plan = Plan.load(out / "leap.json")
-    assert plan.fingerprint == Plan.load(out / "run" / "plan.json").fingerprint == report.fingerprint
-    run = yaml.safe_load((out / "run" / "run.yaml").read_text())
-    assert (run["verb"], run["plan"], run["model"]["id"]) == ("cut", "plan.json", "m")
-    assert {"python", "leap-serve", "safetensors"} <= set(run["versions"])
-
-
-def test_small_files_come_along_and_others_do_not(tmp_path: Path) -> None:
-    folder = make(tmp_path / "m", qwen_tensors(), qwen_config())
-    (tmp_path / "secret.txt").write_text("of somebody else")
-    for name in (
-        "tokenizer.json",
-        "generation_config.json",
-        "chat_template.jinja",
-        "additional_chat_templates/a.jinja",
-    ):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(name)
-    left_out = (".hidden", "pytorch_model.bin", "old.pt", "rust_model.ot.h5", "optimizer.safetensors", "linked.txt")
-    for name in left_out[:-1]:
-        (folder / name).write_text(name)
-    (folder / "linked.txt").symlink_to(tmp_path / "secret.txt")
-    (folder / "inner.txt").symlink_to(folder / "tokenizer.json")
-    quantised = {"quantization": {"exclude_modules": ["model.layers.0.mlp.experts.5", "model.layers.0.mlp.experts.6"]}}
-    (folder / "hf_quant_config.json").write_text(json.dumps(quantised))
-    report = cut(folder, plan_for(folder, uneven), tmp_path / "cut")
-    for name in (
-        "tokenizer.json",
-        "generation_config.json",
-        "chat_template.jinja",
-        "additional_chat_templates/a.jinja",
-    ):
-        assert (tmp_path / "cut" / name).read_text() == name
-    assert not (tmp_path / "cut" / "inner.txt").is_symlink()
-    assert set(left_out) == set(report.left_out)
-    assert not any((tmp_path / "cut" / name).exists() for name in left_out)
-    renumbered = json.loads((tmp_path / "cut" / "hf_quant_config.json").read_text())
-    assert renumbered == {"quantization": {"exclude_modules": ["model.layers.0.mlp.experts.2"]}}
-
-
-def test_the_hub_caches_links_are_followed(tmp_path: Path) -> None:
-    repo = tmp_path / "models--org--moe"
-    snapshot = make(repo / "snapshots" / "abc", qwen_tensors(), qwen_config())
-    (repo / "blobs").mkdir()
-    (snapshot / "tokenizer.json").write_text("{}")
-    for number, path in enumerate(sorted(snapshot.iterdir())):
-        path.rename(repo / "blobs" / str(number))
-        path.symlink_to(Path("../../blobs") / str(number))
-    cut(snapshot, plan_for(snapshot, uneven), tmp_path / "cut")
-    check(snapshot, tmp_path / "cut", uneven)
-    assert (tmp_path / "cut" / "tokenizer.json").read_text() == "{}"
-    assert Plan.load(tmp_path / "cut" / "leap.json").base.id == "org/moe"
+# --- twice ----------------------------------------------------------------------------------------------
 
 
 def test_a_cut_can_be_cut_again(tmp_path: Path) -> None:
@@ -385,7 +249,7 @@ def test_a_cut_can_be_cut_again(tmp_path: Path) -> None:
     again = plan_for(first, lambda layer: ((1, 2), (0, 3))[layer], tau=1.5)
     cut(first, again, second)
     source, got = read_all(folder), read_all(second)
-    assert got == expected_of(source, lambda layer: ((2, 5), (1, 7))[layer], _take)
+    assert got == expected_of(source, lambda layer: ((2, 5), (1, 7))[layer], take_rows)
     verify(second, first)
     final = Checkpoint.open(second)
     check_cut(final)

@@ -1,0 +1,127 @@
+"""A cut against its manifest: the loader refuses whatever leap.json does not vouch for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from leap_serve.checkpoint import Checkpoint, check_cut
+from leap_serve.cut import cut
+from leap_serve.errors import CheckpointError, LeapError
+from leap_serve.plan import LayerPlan, Plan
+from synthetic import make, qwen_config, qwen_tensors, read_safetensors, write_safetensors
+
+Break = Callable[[Path], Any]
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    return make(tmp_path / "whole", qwen_tensors(), qwen_config())
+
+
+def _config(folder: Path, **change: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | change).items() if v != "absent"}))
+
+
+@pytest.fixture
+def done(whole: Path, tmp_path: Path) -> Path:
+    base = Checkpoint.open(whole).identity()
+    plan = Plan(base, 8, {0: LayerPlan((0, 2, 5), 2), 1: LayerPlan((1, 3, 4, 7), 2, 2.0)})
+    cut(whole, plan, tmp_path / "cut")
+    check_cut(Checkpoint.open(tmp_path / "cut"))
+    return tmp_path / "cut"
+
+
+def _metadata(path: Path, fingerprint: str) -> None:
+    parts = read_safetensors(path)
+    specs = {name: (dtype, shape) for name, (dtype, shape, _) in parts.items()}
+    content = {name: blob for name, (_, _, blob) in parts.items()}
+    write_safetensors(path, specs, {"format": "pt", "leap_fingerprint": fingerprint}, content)
+
+
+def _overlay(folder: Path, name: str, fingerprint: str | None = None, rows: int = 3, layer: int = 0) -> None:
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    own = json.loads((folder / "leap.json").read_text())["fingerprint"]
+    metadata = {"leap_fingerprint": fingerprint or own}
+    write_safetensors(path, {f"layers.{layer}.weight": ("F32", (rows, 16))}, metadata)
+
+
+def _manifest_of_another_plan(folder: Path, **layers: tuple[tuple[int, ...], int]) -> None:
+    old = Plan.load(folder / "leap.json")
+    new = {int(key[1:]): LayerPlan(*value) for key, value in layers.items()}
+    Plan(old.base, 8, new).save(folder / "leap.json")
+
+
+HEAD, ADAPTER = "router_head.safetensors", "adapter/adapter_model.safetensors"
+CUTS: dict[str, tuple[Break, str]] = {
+    "no manifest": (lambda f: (f / "leap.json").unlink(), "has no leap.json: it is not a cut checkpoint"),
+    "manifest of the future": (
+        lambda f: (f / "leap.json").write_text(
+            json.dumps(json.loads((f / "leap.json").read_text()) | {"format_version": 7})
+        ),
+        "format_version is 7, this leap-serve reads 1",
+    ),
+    "manifest not JSON": (lambda f: (f / "leap.json").write_text("["), "leap.json: not valid JSON"),
+    "manifest a list": (lambda f: (f / "leap.json").write_text("[]"), "leap.json: holds a JSON list"),
+    "manifest with other counts": (
+        lambda f: _manifest_of_another_plan(f, l0=((0, 2), 2), l1=((1, 3, 4, 7), 2)),
+        "layer 0 has 2 experts",
+    ),
+    "manifest of other ids": (
+        lambda f: _manifest_of_another_plan(f, l0=((0, 2, 6), 2), l1=((1, 3, 4, 7), 2)),
+        "config.json: has fingerprint",
+    ),
+    "manifest of other layers": (
+        lambda f: _manifest_of_another_plan(f, l1=((1, 3, 4, 7), 2)), "and the weights disagree on MoE layers [0]"
+    ),
+    "a shard of another cut": (
+        lambda f: _metadata(f / "model.safetensors", "0" * 64), "model.safetensors: has fingerprint 000000000000…"
+    ),
+    "config of another cut": (lambda f: _config(f, leap_fingerprint="1" * 64), "config.json: has fingerprint 1111"),
+    "config without fingerprint": (lambda f: _config(f, leap_fingerprint="absent"), "config.json: has fingerprint None"),
+    "config of other counts": (lambda f: _config(f, num_experts=3), "says 3 experts, leap.json says 4"),
+    "config of another top_k": (lambda f: _config(f, num_experts_per_tok=1), "says 1 top_k, leap.json says 2"),
+    "stock architecture for uneven layers": (
+        lambda f: _config(f, architectures=["Qwen3MoeForCausalLM"]),
+        "architecture Qwen3MoeForCausalLM cannot hold a plan whose layers differ; set it to LeapQwen3MoeForCausalLM",
+    ),
+    "router head of another cut": (lambda f: _overlay(f, HEAD, "2" * 64), "router_head.safetensors: has fingerprint 2222"),
+    "router head of another size": (lambda f: _overlay(f, HEAD, rows=4), "has shape [4, 16], but layer 0 has 3 experts"),
+    "router head of another layer": (lambda f: _overlay(f, HEAD, layer=9), "layers.9.weight is for no MoE layer"),
+    "adapter of another cut": (lambda f: _overlay(f, ADAPTER, "3" * 64), "adapter_model.safetensors: has fingerprint 3333"),
+    "router head damaged": (lambda f: (f / HEAD).write_bytes(b"12345678"), "router_head.safetensors: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CUTS)
+def test_a_cut_that_is_not_what_its_manifest_says(done: Path, what: str) -> None:
+    breaking, message = CUTS[what]
+    breaking(done)
+    with pytest.raises(LeapError) as caught:
+        check_cut(Checkpoint.open(done))
+    assert message in str(caught.value)
+
+
+def test_overlays_that_belong_are_let_through(done: Path) -> None:
+    _overlay(done, HEAD)
+    _overlay(done, ADAPTER)
+    checkpoint = Checkpoint.open(done)
+    check_cut(checkpoint)
+    assert checkpoint.overlays == [done / HEAD, done / ADAPTER]
+
+
+def test_overlays_need_an_architecture_that_stock_engines_refuse(whole: Path, tmp_path: Path) -> None:
+    layers = {0: LayerPlan((0, 2, 5), 2), 1: LayerPlan((1, 3, 4), 2)}
+    cut(whole, Plan(Checkpoint.open(whole).identity(), 8, layers), tmp_path / "even")
+    check_cut(Checkpoint.open(tmp_path / "even"))
+    _overlay(tmp_path / "even", HEAD)
+    with pytest.raises(CheckpointError, match=r"would be served without router_head\.safetensors"):
+        check_cut(Checkpoint.open(tmp_path / "even"))
+    _config(tmp_path / "even", architectures=["LeapQwen3MoeForCausalLM"])
+    check_cut(Checkpoint.open(tmp_path / "even"))

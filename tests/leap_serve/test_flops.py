@@ -1,0 +1,71 @@
+"""Parameters and FLOPs per token: by hand, and against what torch counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from leap_serve.checkpoint import Checkpoint
+from leap_serve.cut import cut
+from leap_serve.flops import flops_per_token, parameters
+from leap_serve.plan import LayerPlan, Plan
+from synthetic import make, qwen_config, qwen_tensors
+
+UNEVEN = {0: LayerPlan((0, 2, 5), 2), 1: LayerPlan((1, 3, 4, 7), 2, 2.0)}
+EVEN = {0: LayerPlan((0, 2, 5), 2), 1: LayerPlan((1, 3, 7), 2)}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make(tmp_path / "src" / "m", qwen_tensors(), qwen_config())
+
+
+def plan_of(model: Path, layers: dict[int, LayerPlan] = UNEVEN) -> Plan:
+    return Plan(Checkpoint.open(model).identity(), 8, layers)
+
+
+def test_parameters_and_flops_by_hand(model: Path, tmp_path: Path) -> None:
+    embed, head, norm, router, expert = 32 * 16, 32 * 16, 16, 8 * 16, 3 * 8 * 16
+    full = parameters(Checkpoint.open(model))
+    assert full.total == embed + head + 2 * (norm + router + 8 * expert)
+    assert full.active == embed + head + 2 * (norm + router + 2 * expert)
+    # Embedding look-up and norms are no matrix products.
+    assert full.matmul == head + 2 * (router + 2 * expert)
+    assert flops_per_token(Checkpoint.open(model)) == 2 * full.matmul
+
+    plan = plan_of(model, {0: LayerPlan((0, 2, 5), 1), 1: LayerPlan((1, 3, 4, 7), 2)})
+    cut(model, plan, tmp_path / "out")
+    foreseen, found = parameters(Checkpoint.open(model), plan), parameters(Checkpoint.open(tmp_path / "out"))
+    assert foreseen == found
+    assert found.total == embed + head + 2 * norm + 7 * 16 + 7 * expert
+    assert found.matmul == head + 7 * 16 + 3 * expert
+
+
+def test_flops_of_a_tied_embedding_and_of_packed_weights(tmp_path: Path) -> None:
+    tensors: dict[str, Any] = {name: spec for name, spec in qwen_tensors().items() if name != "lm_head.weight"}
+    tied = make(tmp_path / "tied", tensors, qwen_config())
+    assert parameters(Checkpoint.open(tied)).matmul == 32 * 16 + 2 * (8 * 16 + 2 * 3 * 8 * 16)
+    for name in [name for name in tensors if ".experts." in name]:
+        shape = tensors.pop(name)[1]
+        tensors[name.replace("weight", "qweight")] = ("I32", (shape[0], shape[1] // 8))
+        tensors[name.replace("weight", "scales")] = ("F16", (1, shape[1]))
+    packed = make(tmp_path / "packed", tensors, qwen_config(quantization_config={"quant_method": "gptq", "bits": 4}))
+    assert parameters(Checkpoint.open(packed)) == parameters(Checkpoint.open(tied))
+
+
+def test_flops_leave_out_mtp_layers_and_count_the_real_model(family_checkpoint: Callable[[str], Path]) -> None:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM
+
+    folder = family_checkpoint("qwen3_moe")
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    model.set_experts_implementation("eager")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.tensor([[7]]), use_cache=False)
+    # One token attends to itself alone: QKᵀ and PV add 2·2·heads·head_dim a layer, which the theory leaves out.
+    attention = 4 * 2 * 2 * 2 * 32
+    assert counter.get_total_flops() - attention == flops_per_token(Checkpoint.open(folder))
