@@ -118,8 +118,10 @@ class VllmEngine:
         params = SamplingParams(
             temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=True
         )
+        with _uncompiled_helpers():
+            results = self._run(ids, params, progress)
         scores = []
-        for one, whole, result in zip(encoded, ids, self._run(ids, params, progress), strict=True):
+        for one, whole, result in zip(encoded, ids, results, strict=True):
             # Nothing precedes the very first token, so it has no likelihood.
             places = range(max(1, len(one.prompt)), len(whole))
             logprob = sum(result.prompt_logprobs[at][whole[at]].logprob for at in places)
@@ -240,6 +242,18 @@ def _prepare_environment(kv_cache_gib: float, tensor_parallel_size: int, quiet: 
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         logging.getLogger("vllm").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", message=r"`torch\.distributed\.reduce_op` is deprecated")
+
+
+@contextlib.contextmanager
+def _uncompiled_helpers() -> Iterator[None]:
+    """Keep vLLM on CPU from compiling one line of C++ (the rank of a token) at the first prompt logprobs."""
+    import torch
+
+    if torch.cuda.is_available():
+        yield
+    else:
+        with torch.compiler.set_stance("force_eager"):
+            yield
 
 
 @contextlib.contextmanager
