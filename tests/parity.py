@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reference import Layer, reference_logprobs
-from serving import Job, serve
 
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.cut import cut
 from leap_serve.plan import LayerPlan, Plan
+from reference import Layer, reference_logprobs
+from serving import Job, serve
 
 TOLERANCE = 1e-4
 """Largest allowed difference of a log-probability, fp32, over the whole vocabulary and all positions."""

@@ -69,8 +69,10 @@ def serve(jobs: Sequence[Job], env: Mapping[str, str] | None = None, timeout_s: 
 
 def main(folder: Path) -> None:
     """The child: write {index}.json, and {index}.safetensors where there was no error."""
+    import vllm.v1.worker.cpu_model_runner  # noqa: F401
     from safetensors.torch import save_file
 
+    gc.freeze()  # the modules stay; collecting what an engine left must not visit them each time
     for index, job in enumerate(json.loads((folder / "jobs.json").read_text())):
         error = message = ""
         try:
@@ -105,7 +107,6 @@ def clean_up() -> None:
     """Leave no distributed state behind, whether the engine started or not."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    gc.collect()
     cleanup_dist_env_and_memory()
 
 

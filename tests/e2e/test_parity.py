@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parity import CONTROL, TOLERANCE, measure, uneven_plan
 
 from leap_serve.architectures import served_families
+from parity import CONTROL, TOLERANCE, measure, uneven_plan
 
 pytestmark = pytest.mark.e2e
 FAMILIES = [family.model_type for family in served_families()]
@@ -38,7 +38,9 @@ def test_the_check_can_fail(rows: Any, family: str) -> None:
 
 def test_tensor_parallel_two(family_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     # qwen3_moe has one tensor per expert and the gate inside the runner, gpt_oss fused tensors with biases.
-    models = {name: (family_checkpoint(name), uneven_plan(family_checkpoint(name))) for name in ("qwen3_moe", "gpt_oss")}
+    models = {
+        name: (family_checkpoint(name), uneven_plan(family_checkpoint(name))) for name in ("qwen3_moe", "gpt_oss")
+    }
     env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     rows = measure(models, tmp_path, env, tensor_parallel_size=2, distributed_executor_backend="mp")
     assert {name: row["max_diff"] <= TOLERANCE for name, row in rows.items()} == dict.fromkeys(rows, True), rows

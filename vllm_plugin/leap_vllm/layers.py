@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from leap_serve.architectures import Family
 from leap_serve.errors import UnsupportedError
 from leap_serve.plan import Plan
-from leap_vllm import compat, loader, router
+from leap_vllm import compat, loader
+from leap_vllm.router import apply_temperature
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,8 @@ class LeapModel:
         self.leap_cut = cut
         for layer, runner in compat.moe_layers(self).items():
             check_layer(layer, runner, cut.plan)
-            router.apply_temperature(runner, layer, cut.plan.layers[layer].temperature)
+            if (temperature := cut.plan.layers[layer].temperature) != 1.0:
+                apply_temperature(runner.router, temperature)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the cut checkpoint, its router rows replaced by those of the router head if there is one."""
@@ -68,7 +70,7 @@ def built_to_plan(config: Any, family: Family, plan: Plan) -> Iterator[None]:
 
 
 def check_layer(layer: int, runner: Any, plan: Plan) -> None:
-    """Raise UnsupportedError unless vLLM built MoE layer l with the plan's expert count and top_k."""
+    """Raise UnsupportedError unless vLLM built MoE layer l with the plan's expert count and top_k, and can apply its τ."""
     moe, planned = runner.moe_config, plan.layers.get(layer)
     built = (moe.num_experts, moe.experts_per_token)
     if planned is None or built != (len(planned.retained), planned.top_k):
@@ -76,6 +78,11 @@ def check_layer(layer: int, runner: Any, plan: Plan) -> None:
         raise UnsupportedError(
             f"layer {layer}", f"vLLM built {built[0]} experts, top_k {built[1]}, the plan says {expected}",
             "serve without redundant or fused shared experts, or report this",
+        )  # fmt: skip
+    if planned.temperature != 1.0 and runner.is_monolithic:
+        raise UnsupportedError(
+            f"layer {layer}", f"has router temperature {planned.temperature}, but vLLM's MoE kernel routes by itself",
+            "serve with --moe-backend triton",
         )  # fmt: skip
 
 

