@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -72,15 +73,26 @@ def new_folder(out: Path, force: bool = False) -> Iterator[Path]:
     try:
         yield work
         if out.exists():
-            old = out.parent / f".{out.name}.partial-old-{os.getpid()}"
-            out.rename(old)
-            work.rename(out)
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+            _exchange(work, out)
+            shutil.rmtree(work) if work.is_dir() else work.unlink()
         else:
             work.rename(out)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two paths in one step, so that a kill leaves the old or the new under ``other``, never neither."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of renameat2(2)
+    if hasattr(libc, "renameat2") and libc.renameat2(here, bytes(one), here, bytes(other), exchange) == 0:
+        return
+    # A file system without the exchange: for an instant neither name is there.
+    aside = other.parent / f".{other.name}.partial-old-{os.getpid()}"
+    other.rename(aside)
+    one.rename(other)
+    aside.rename(one)
 
 
 def _alive(partial: Path) -> bool:

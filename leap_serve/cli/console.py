@@ -23,17 +23,20 @@ def progress_bar(label: str) -> Iterator[Progress]:
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table; numbers are right-aligned, and nothing is cut off when piped."""
+    """Print a table; the first column is left-aligned, and nothing is cut off when piped."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(title=title, title_justify="left", title_style="bold")
+    shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for index, name in enumerate(header):
-        shown.add_column(name, justify="left" if index == 0 else "right")
+        shown.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         shown.add_row(*map(str, row))
     console = Console()
-    console.print(shown, soft_wrap=not console.is_terminal)
+    if not console.is_terminal:
+        console.width = 160
+    console.print(shown)
 
 
 def say(text: str) -> None:
