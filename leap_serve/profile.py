@@ -207,6 +207,16 @@ def groups_of(checkpoint: Checkpoint) -> tuple[int, int]:
     return (int(config.get(keys[0]) or 1), int(config.get(keys[1]) or 1)) if keys else (1, 1)
 
 
+def check_request(checkpoint: Checkpoint, items: Sequence[Item]) -> None:
+    """Raise LeapError, before any work, where a profile cannot be made."""
+    if checkpoint.plan is not None and len(set(checkpoint.plan.counts)) > 1:
+        raise UnsupportedError(
+            checkpoint.folder, "its layers hold different numbers of experts", "profile the full model"
+        )
+    if not items:
+        raise LeapError("profile", "no items were given", "give at least one")
+
+
 def assemble(
     layers: Mapping[int, LayerProfile], checkpoint: Checkpoint, items: Sequence[Item], engine: str, dtype: str
 ) -> Profile:
@@ -243,6 +253,4 @@ def from_worker(
         num_experts = arrays["n"].size
         arrays["coact"] = arrays["coact"].reshape(num_experts, num_experts)
         layers[index] = LayerProfile(**arrays)
-    if not items:
-        raise LeapError("profile", "no items were given", "give at least one")
     return assemble(layers, checkpoint, items, engine, dtype)

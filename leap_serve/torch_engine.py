@@ -44,7 +44,9 @@ class TorchEngine:
         max_model_len: int | None = None,
     ) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         folder = resolve_model(str(model))
         self.checkpoint = Checkpoint.open(folder)
         _check_stock(self.checkpoint)
@@ -122,9 +124,10 @@ class TorchEngine:
     @torch.inference_mode()  # type: ignore[untyped-decorator, unused-ignore]
     def profile(self, items: Sequence[Item], progress: Progress | None = None) -> Profile:
         """Collect the experts' statistics over prompt + answer of every item, one item at a time, without padding."""
-        from leap_serve.profile import assemble
+        from leap_serve.profile import assemble, check_request
         from leap_serve.torch_profile import observe
 
+        check_request(self.checkpoint, items)
         encoded = encoding.encode_items(self.tokenizer, items)
         ids = [e.prompt + e.answer for e in encoded]
         encoding.check_lengths([len(i) for i in ids], self.max_model_len, "item")

@@ -136,8 +136,9 @@ class VllmEngine:
         """
         from vllm import SamplingParams
 
-        from leap_serve.profile import from_worker
+        from leap_serve.profile import check_request, from_worker
 
+        check_request(self.checkpoint, items)
         if not self.enforce_eager:
             raise UnsupportedError("profile", "the engine runs compiled graphs", "open it with enforce_eager=True")
         encoded = encoding.encode_items(self.tokenizer, items)
@@ -256,6 +257,9 @@ def _uncompiled_helpers() -> Iterator[None]:
             yield
 
 
+_REFUSALS = (ValueError, TypeError, RuntimeError, OSError, MemoryError)
+
+
 @contextlib.contextmanager
 def _as_leap_errors(where: object) -> Iterator[None]:
     """Turn what vLLM raises about its arguments or the model into a LeapError; bugs keep their traceback."""
@@ -269,7 +273,10 @@ def _as_leap_errors(where: object) -> Iterator[None]:
         raise UnsupportedError(
             "vllm", "is not installed", "pip install 'leap-serve[cpu]', or 'leap-serve[cuda]' with an NVIDIA GPU"
         ) from None
-    except (ValueError, TypeError, RuntimeError, OSError, MemoryError) as error:
+    except Exception as error:
+        # vLLM raises a bare Exception when one of its worker processes cannot start.
+        if type(error) is not Exception and not isinstance(error, _REFUSALS):
+            raise
         cause: BaseException | None = error
         while cause is not None:
             # The plugin's own message is hidden under vLLM's «engine initialisation failed».

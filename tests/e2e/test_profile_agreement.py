@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from families import SPECIFIC
-from leap_serve.profile import STATISTICS
+from families import SPECIFIC, make_checkpoint
+from leap_serve.profile import STATISTICS, Profile
 from leap_serve.tasks.base import Item
 from leap_serve.torch_engine import TorchEngine
 from leap_serve.vllm_engine import VllmEngine
-from tiny_tokenizer import talking_copy
+from tiny_tokenizer import add_tokenizer, talking_copy
 
 pytestmark = pytest.mark.e2e
 # Shared prefixes (a prefix cache would hide tokens), an empty prompt, and lengths that fill no block evenly.
@@ -57,3 +59,36 @@ def test_vllm_and_transformers_agree(family: str, family_checkpoint: Callable[[s
             )  # fmt: skip
         assert layer.n.sum() == TOKENS * expected.top_k[index]
         assert len(np.flatnonzero(layer.n)) > expected.top_k[index], "the routing must not be trivial"
+
+
+TENSOR_PARALLEL = """
+import sys
+from pathlib import Path
+from leap_serve.tasks.base import Item
+from leap_serve.vllm_engine import VllmEngine
+
+if __name__ == "__main__":
+    engine = VllmEngine(sys.argv[1], dtype="float32", kv_cache_gib=0.05, max_model_len=128, tensor_parallel_size=2)
+    engine.profile([Item("0", "The quick brown fox", " jumps.")]).save(Path(sys.argv[2]))
+    print(engine.memory().weights_bytes)
+    engine.close()
+"""
+
+
+def test_tensor_parallel_workers_see_whole_outputs(tmp_path: Path) -> None:
+    """Each of two workers holds half of every expert: norms of halves would be wrong, so halves are summed first."""
+    # GPT-OSS since its experts have biases, which must be added once; stock vLLM shares no KV head between workers.
+    model = add_tokenizer(make_checkpoint("gpt_oss", tmp_path / "gpt_oss", num_key_value_heads=2))
+    (tmp_path / "run.py").write_text(TENSOR_PARALLEL)
+    command = [sys.executable, str(tmp_path / "run.py"), str(model), str(tmp_path / "prof")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = Profile.load(tmp_path / "prof")
+    reference = TorchEngine(model, dtype="float32", device="cpu")
+    expected = reference.profile([Item("0", "The quick brown fox", " jumps.")])
+    reference.close()
+    for index, layer in expected.layers.items():
+        for name in STATISTICS:
+            np.testing.assert_allclose(
+                getattr(found.layers[index], name), getattr(layer, name), rtol=1e-4, atol=1e-9, err_msg=name
+            )

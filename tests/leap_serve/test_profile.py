@@ -13,10 +13,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli import main
-from leap_serve.errors import CheckpointError, UsageError
+from leap_serve.cut import cut
+from leap_serve.errors import CheckpointError, LeapError, UnsupportedError, UsageError
 from leap_serve.files import sha256_of
-from leap_serve.profile import STATISTICS, Profile
+from leap_serve.plan import LayerPlan, Plan
+from leap_serve.profile import STATISTICS, Profile, check_request
+from leap_serve.tasks.base import Item
 from profiles import simulate
 from tiny_tokenizer import talking_copy
 
@@ -144,6 +148,21 @@ def test_the_command_profiles_with_transformers(
     assert main([*command, str(tmp_path / "prof")]) == 2
     assert main(["search", str(tmp_path / "prof"), "--method", "reap", "--experts", "4", "-o",
                  str(tmp_path / "plan.json")]) == 0  # fmt: skip
+
+
+def test_a_cut_with_uneven_layers_is_not_profiled(family_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    model = Checkpoint.open(family_checkpoint("qwen3_moe"))
+    for counts, even in (((4, 4, 4, 4), True), ((4, 4, 4, 5), False)):
+        layers = {index: LayerPlan(tuple(range(count)), 2) for index, count in enumerate(counts)}
+        out = tmp_path / str(counts[-1])
+        cut(model.folder, Plan(model.identity(), 8, layers), out)
+        if even:
+            check_request(Checkpoint.open(out), [Item("", "a", "b")])
+        else:
+            with pytest.raises(UnsupportedError, match="different numbers of experts"):
+                check_request(Checkpoint.open(out), [Item("", "a", "b")])
+    with pytest.raises(LeapError, match="no items"):
+        check_request(model, [])
 
 
 BAD_LINES = {"{": "not valid JSON", '{"prompt": "a"}': "neither", "[1]": "neither", '{"text": 3}': "neither"}

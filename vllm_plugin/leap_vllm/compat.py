@@ -34,6 +34,7 @@ PROBES: Mapping[str, tuple[str, ...]] = {
         "hidden_states", "router_logits", "indices_type", "input_ids",
     ),
     f"{_MOE}.runner.moe_runner:MoERunner.__init__": ("layer_name", "moe_config", "router", "routed_experts"),
+    f"{_MOE}.routed_experts:RoutedExperts.forward_modular": ("x", "topk_weights", "topk_ids"),
     f"{_MOE}.config:FusedMoEConfig": ("num_experts", "experts_per_token"),
     "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.load_model": ("vllm_config", "model_config"),
 }  # fmt: skip
