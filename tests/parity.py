@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from leap_serve.checkpoint import Checkpoint
+from leap_serve.cli import main
 from leap_serve.cut import cut
 from leap_serve.plan import LayerPlan, Plan
+from leap_serve.tasks.registry import TASKS
 from reference import Layer, reference_logprobs
 from serving import Job, serve
 
@@ -43,6 +46,14 @@ def prompts(vocabulary: int, seed: int = 0) -> list[list[int]]:
     return [[draw.randrange(3, vocabulary) for _ in range(length)] for length in LENGTHS]
 
 
+def task_prompts(folder: Path) -> list[list[int]]:
+    """Prompt and answer of a test item of each toy task, cut to 100 tokens, and a single token."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    items = [task().items("test", 1)[0] for task in TASKS.values()]
+    encoded = [tokenizer.encode(item.prompt + item.answer, add_special_tokens=False).ids[:100] for item in items]
+    return [*encoded, encoded[0][:1]]
+
+
 def largest_difference(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
     """Largest absolute difference over prompts, positions and vocabulary; shapes must agree."""
     assert [row.shape for row in ours] == [row.shape for row in theirs]
@@ -71,7 +82,10 @@ def reference_layers(plan: Plan) -> dict[int, Layer]:
 
 def measure(models: dict[str, tuple[Path, Plan]], work: Path, env: dict[str, str] | None = None, **args: Any) -> Any:
     """Cut every model, serve the cuts, return {name: {"max_diff", "controls": {…}, "retained", "top_k"}}."""
-    asked = {name: prompts(Checkpoint.open(folder).config["vocab_size"]) for name, (folder, _) in models.items()}
+    asked = {
+        name: task_prompts(folder) if (folder / "tokenizer.json").exists() else prompts(160)
+        for name, (folder, _) in models.items()
+    }
     for name, (folder, plan) in models.items():
         cut(folder, plan, work / name)
     served = serve([Job(str(work / name), asked[name], args) for name in models], env)
@@ -89,3 +103,12 @@ def measure(models: dict[str, tuple[Path, Plan]], work: Path, env: dict[str, str
             "temperature": [layer.temperature for layer in plan.layers.values()],
         }  # fmt: skip
     return rows
+
+
+def reap_plan(model: str, work: Path, budget: float = 0.25, items: int = 32) -> Plan:
+    """A global REAP plan of a trained model, made with the commands that a user types."""
+    profile = ["profile", model, "--task", "toy-gsm", "--limit", str(items), "--engine", "torch", "-o", f"{work}/prof"]
+    search = ["search", f"{work}/prof", "--method", "reap", "--budget", str(budget), "--allocation", "global"]
+    for argv in (profile, [*search, "-o", f"{work}/plan.json"]):
+        assert main(argv) == 0, argv
+    return Plan.load(work / "plan.json")

@@ -6,8 +6,8 @@ import socket
 import time
 from pathlib import Path
 
-SERVER_ENV = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-"""For every server that a test starts: no usage reports, a small KV cache."""
+SERVER_ENV = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+"""For every server that a test starts: no usage reports, a small KV cache, no threads that wait for each other."""
 
 
 def children_of(pid: int) -> set[int]:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from leap_serve.architectures import served_families
-from parity import CONTROL, TOLERANCE, measure, uneven_plan
+from leap_serve.checkpoint import resolve_model
+from parity import CONTROL, TOLERANCE, measure, reap_plan, uneven_plan
 
 pytestmark = pytest.mark.e2e
 FAMILIES = [family.model_type for family in served_families()]
@@ -36,8 +37,17 @@ def test_the_check_can_fail(rows: Any, family: str) -> None:
     assert min(controls.values()) > CONTROL, controls
 
 
+def test_leap_tiny_cut_by_a_global_reap_plan(tmp_path: Path) -> None:
+    plan = reap_plan("leap-tiny", tmp_path)
+    assert len(set(plan.counts)) > 1, "a global plan gives the layers different counts"
+    row = measure({"cut": (resolve_model("leap-tiny"), plan)}, tmp_path)["cut"]
+    assert row["max_diff"] <= TOLERANCE, row
+    assert min(row["controls"].values()) > CONTROL, row
+
+
 def test_tensor_parallel_two(family_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    # qwen3_moe has one tensor per expert and the gate inside the runner, gpt_oss fused tensors with biases.
+    # qwen3_moe has one tensor per expert and the gate inside the runner, gpt_oss fused tensors with biases
+    # (and stock vLLM wants at least as many key/value heads as ranks of it).
     models = {
         name: (family_checkpoint(name), uneven_plan(family_checkpoint(name))) for name in ("qwen3_moe", "gpt_oss")
     }

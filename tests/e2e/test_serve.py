@@ -84,7 +84,7 @@ def test_fifty_real_questions_get_well_formed_answers(server: Server, shared_dat
 
     def ask(question: str) -> openai.types.chat.ChatCompletion:
         raw = client.chat.completions.with_raw_response.create(
-            model="leap-tiny", messages=[{"role": "user", "content": question}], max_tokens=48, temperature=0
+            model="leap-tiny", messages=[{"role": "user", "content": question}], max_tokens=24, temperature=0
         )
         assert raw.status_code == 200
         return raw.parse()
@@ -97,9 +97,9 @@ def test_fifty_real_questions_get_well_formed_answers(server: Server, shared_dat
         assert choice.finish_reason in ("stop", "length")
         assert choice.message.content
         usage = answer.usage
-        assert usage is not None and 1 <= usage.completion_tokens <= 48
+        assert usage is not None and 1 <= usage.completion_tokens <= 24
         assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
-        assert choice.finish_reason == "stop" or usage.completion_tokens == 48
+        assert choice.finish_reason == "stop" or usage.completion_tokens == 24
 
 
 def test_an_uneven_cut_behind_a_key_until_sigterm(uneven_cut: Path) -> None:
@@ -147,7 +147,7 @@ def test_ctrl_c_in_the_middle_of_an_answer(uneven_cut: Path) -> None:
         os.killpg(server.pid, signal.SIGINT)
         assert server.wait(60) == 0
         assert_all_gone(children, port)
-        assert json.loads(server.log.strip().splitlines()[-1]) == {"url": server.url, "model": "leap-tiny-uneven"}
+        assert json.dumps({"url": server.url, "model": "leap-tiny-uneven"}) in server.log.splitlines()
 
 
 def test_a_dead_engine_ends_the_server_with_an_error(family_checkpoint: Callable[[str], Path]) -> None:

@@ -7,8 +7,8 @@ import random
 from pathlib import Path
 
 import pytest
-from families import make_checkpoint
 
+from families import make_checkpoint
 from leap_serve.bench import compare, turns
 from leap_serve.engine import RequestTiming
 from leap_serve.errors import LeapError, UsageError

@@ -57,6 +57,7 @@ def test_a_miniature_learns_loads_and_survives_sigkill(tmp_path: Path) -> None:
 
 def test_padded_experts_equal_the_loop() -> None:
     import torch
+
     from leap_training.tiny import TinyConfig, batch_of, build_model, build_tokenizer, loss_of
 
     config = TinyConfig(hidden=32, layers=2, experts=8, top_k=2, vocab=512, batch=4)
