@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from leap_serve.encoding import encode_items
 from leap_serve.tasks.base import Item
 
 
@@ -20,22 +21,21 @@ class Batch(NamedTuple):
 
 
 def collate(tokenizer: Any, items: Sequence[Item], prompt_weight: float) -> Batch:
-    """Tokenise prompt and answer apart, join them, end with the end-of-text token, pad on the right.
+    """Encode prompt and answer as the engines do, end with the end-of-text token, pad on the right.
 
     Answer tokens weigh 1 in the loss, prompt tokens ``prompt_weight``, padding 0.
     """
-    prompts = tokenizer([item.prompt for item in items], add_special_tokens=False)["input_ids"]
-    answers = tokenizer([item.answer for item in items], add_special_tokens=False)["input_ids"]
+    encoded = encode_items(tokenizer, items)
     end = tokenizer.eos_token_id
-    length = max(len(p) + len(a) + 1 for p, a in zip(prompts, answers, strict=True))
+    length = max(len(one.prompt) + len(one.answer) + 1 for one in encoded)
     ids = torch.full((len(items), length), end)
     weights = torch.zeros(len(items), length)
     mask = torch.zeros(len(items), length, dtype=torch.long)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        whole = len(prompt) + len(answer) + 1
-        ids[row, : whole - 1] = torch.tensor(prompt + answer)
-        weights[row, : len(prompt)] = prompt_weight
-        weights[row, len(prompt) : whole] = 1.0
+    for row, one in enumerate(encoded):
+        whole = len(one.prompt) + len(one.answer) + 1
+        ids[row, : whole - 1] = torch.tensor(one.prompt + one.answer)
+        weights[row, : len(one.prompt)] = prompt_weight
+        weights[row, len(one.prompt) : whole] = 1.0
         mask[row, :whole] = 1
     return Batch(ids, weights, mask)
 
