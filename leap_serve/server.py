@@ -152,14 +152,15 @@ def serve(folder: Path, description: dict[str, Any], options: ServeOptions) -> d
         description: the JSON that GET /leap answers.
         options: see ServeOptions.
 
-    Raises LeapError when the port is taken, vLLM refuses the settings, or the engine dies.
+    Raises LeapError when the port is taken, vLLM refuses the settings, or the engine dies, and
+    KeyboardInterrupt when a signal comes before it is ready.
     """
     with contextlib.closing(bind(options.host, options.port)) as sock:
         port = sock.getsockname()[1]
         host = f"[{options.host}]" if ":" in options.host else options.host
         url = f"http://{host}:{port}"
-        # From here to uvicorn's own handlers, SIGTERM must unwind like Ctrl-C, or engine processes stay behind.
-        before = signal.signal(signal.SIGTERM, _interrupt)
+        # From here to vLLM's own handlers, signals must unwind, or engine processes stay behind.
+        before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             api = _vllm_server()
             args = _vllm_arguments(api, folder, port, options)
@@ -168,8 +169,11 @@ def serve(folder: Path, description: dict[str, Any], options: ServeOptions) -> d
             import uvloop
 
             uvloop.run(_run(api, args, sock, router, lambda: _announce(url, options.name, bool(keys))))
+        except _Interrupted:
+            raise KeyboardInterrupt from None
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
     return {"url": url, "model": options.name}
 
 
@@ -214,8 +218,12 @@ def _announce(url: str, name: str, with_key: bool) -> None:
     print(f"  curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d {body}", flush=True)
 
 
+class _Interrupted(SystemExit):
+    """A signal while loading. Not KeyboardInterrupt: vLLM's zmq_socket_ctx swallows that one and loads on."""
+
+
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    raise _Interrupted
 
 
 def _one_line(error: BaseException) -> str:
