@@ -48,9 +48,9 @@ def test_leap_tiny_cut_by_a_global_reap_plan(tmp_path: Path) -> None:
 def test_tensor_parallel_two(family_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     # qwen3_moe has one tensor per expert and the gate inside the runner, gpt_oss fused tensors with biases
     # (and stock vLLM wants at least as many key/value heads as ranks of it).
-    models = {
-        name: (family_checkpoint(name), uneven_plan(family_checkpoint(name))) for name in ("qwen3_moe", "gpt_oss")
-    }
+    gpt_oss = make_checkpoint("gpt_oss", tmp_path / "full", num_key_value_heads=2)
+    folders = {"qwen3_moe": family_checkpoint("qwen3_moe"), "gpt_oss": gpt_oss}
+    models = {name: (folder, uneven_plan(folder)) for name, folder in folders.items()}
     env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     rows = measure(models, tmp_path, env, tensor_parallel_size=2, distributed_executor_backend="mp")
     assert {name: row["max_diff"] <= TOLERANCE for name, row in rows.items()} == dict.fromkeys(rows, True), rows
