@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from leap_serve.checkpoint import Checkpoint
+from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cut import cut
 from leap_serve.launch import Server
 from leap_serve.plan import LayerPlan, Plan
@@ -17,7 +17,7 @@ from processes import SERVER_ENV
 @pytest.fixture(scope="session")
 def leap_tiny() -> Path:
     """The bundled model."""
-    return Path("/tmp/tiny")
+    return resolve_model("leap-tiny")
 
 
 @pytest.fixture(scope="session")
