@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from families import make_checkpoint
 from leap_serve.architectures import served_families
 from leap_serve.checkpoint import resolve_model
 from parity import CONTROL, TOLERANCE, measure, reap_plan, uneven_plan
