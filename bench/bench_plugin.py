@@ -1,0 +1,72 @@
+"""Our plugin serving a uniform checkpoint is not slower than stock vLLM serving the same files.
+
+The bundled leap-tiny cut to 16 experts per layer, a model so small that a step is nearly all overhead, in
+three engines at once, interleaved: stock vLLM (VLLM_PLUGINS empty), our architecture with
+--load-format leap forced upon the files, and the stock architecture loaded through the plugin. Appends
+two rows to bench/results/plugin.jsonl; ``ratio_a_over_b`` is ours over stock, for output_tok_s the speed.
+
+    python bench/bench_plugin.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from leap_serve.bench import Contender, compare, measure_rounds, opened, stamped
+from leap_serve.checkpoint import Checkpoint, resolve_model
+from leap_serve.cli.console import progress_bar, table
+from leap_serve.cut import cut
+from leap_serve.files import append_jsonl
+from leap_serve.plan import LayerPlan, Plan
+from leap_serve.workload import Workload
+
+RESULTS = Path(__file__).parent / "results" / "plugin.jsonl"
+METRICS = ("output_tok_s", "tpot_ms", "ttft_ms")
+
+
+def main() -> None:
+    """Cut, measure, record, show."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="leap-tiny")
+    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    load = Workload("decode", input_tokens=32, output_tokens=64, batch=args.batch)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Checkpoint.open(resolve_model(args.model))
+        layer = LayerPlan(tuple(range(args.experts)), source.top_k)
+        plan = Plan(source.identity(), source.num_experts, dict.fromkeys(source.moe_layers, layer))
+        model = Path(folder) / f"{source.folder.name}-{args.experts}"
+        cut(source.folder, plan, model)
+        ours = source.family.leap_architecture
+        engine = {"kv_cache_gib": 0.25, "max_model_len": 128, "max_num_seqs": args.batch}
+        leap = {**engine, "load_format": "leap"}
+        env = {"OMP_NUM_THREADS": str(args.threads)}
+        contenders = [
+            Contender(ours, str(model), {**leap, "hf_overrides": {"architectures": [ours]}}, env),
+            Contender("stock architecture through the plugin", str(model), leap, env),
+            Contender("stock vLLM", str(model), engine, {**env, "VLLM_PLUGINS": ""}),
+        ]
+        described = [contender.describe() for contender in contenders]
+        with opened(contenders) as workers, progress_bar("rounds") as progress:
+            samples = measure_rounds(workers, load, args.rounds, warmup=3, progress=progress)
+    shown = []
+    for index in (0, 1):
+        row = compare("plugin", [described[index], described[2]], [samples[index], samples[2]], METRICS)
+        append_jsonl(args.results, stamped({"workload": load.to_json(), **row}))
+        speed, mine, stock = (
+            row["ratio_a_over_b"]["output_tok_s"],
+            *(s["metrics"]["tpot_ms"] for s in row["contenders"]),
+        )
+        interval = f"{speed['median']:.4f} [{speed['low']:.4f}, {speed['high']:.4f}]"
+        shown.append([contenders[index].label, f"{mine['median']:.3f}", f"{stock['median']:.3f}", interval])
+    table(f"{args.rounds} pairs", ["engine", "TPOT ms", "TPOT ms, stock", "speed over stock"], shown)
+
+
+if __name__ == "__main__":
+    main()
