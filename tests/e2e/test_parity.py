@@ -55,3 +55,16 @@ def test_tensor_parallel_two(family_checkpoint: Callable[[str], Path], tmp_path:
     env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     rows = measure(models, tmp_path, env, tensor_parallel_size=2, distributed_executor_backend="mp")
     assert {name: row["max_diff"] <= TOLERANCE for name, row in rows.items()} == dict.fromkeys(rows, True), rows
+
+
+@pytest.mark.slow
+def test_compiled_twice_in_one_cache(family_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    # Two plans of the same sizes but other τ: what torch.compile traced for one must not serve the other.
+    full = family_checkpoint("qwen3_moe")
+    models = {
+        "first": (full, uneven_plan(full)),
+        "second": (full, uneven_plan(full, temperatures=(1.9, 0.6, 1.0, 1.2))),
+    }
+    rows = measure(models, tmp_path, {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}, enforce_eager=False)
+    assert max(row["max_diff"] for row in rows.values()) <= TOLERANCE, rows
+    assert (tmp_path / "cache" / "torch_compile_cache").is_dir(), "nothing was compiled"

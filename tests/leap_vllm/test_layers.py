@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,11 +116,12 @@ def test_correction_bias_is_not_divided(gate: tuple[torch.Tensor, torch.Tensor])
 
 
 def parallel(folder: Path, **args: Any) -> Any:
-    from vllm.config import ParallelConfig
+    """The config that vLLM makes for a checkpoint; what only a CUDA platform may ask for is set afterwards."""
     from vllm.engine.arg_utils import EngineArgs
 
     made = EngineArgs(str(folder), dtype="float32", skip_tokenizer_init=True).create_engine_config()
-    made.parallel_config = dataclasses.replace(ParallelConfig(), **args)
+    for key, value in args.items():
+        setattr(made.parallel_config, key, value)
     return made
 
 
@@ -129,6 +129,7 @@ def parallel(folder: Path, **args: Any) -> Any:
     ("args", "sentence"),
     [
         ({"tensor_parallel_size": 2}, "--tensor-parallel-size: is 2, but a layer retains only 1 experts; use at most 1"),
+        ({"enable_eplb": True}, r"--enable-eplb: needs equal expert counts in all layers, the plan has \[1, 4, 5, 7\]"),
         ({"enable_expert_parallel": True}, r"--enable-expert-parallel: is only served with equal expert counts, the plan has \[1, 4, 5, 7\]"),
     ],
 )  # fmt: skip
