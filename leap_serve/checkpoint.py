@@ -270,6 +270,7 @@ def _single_file(folder: Path) -> str:
 
 def check_experts(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless every MoE layer holds all its experts, alike, and router rows for just them."""
+    _check_shapes(checkpoint)
     suffixes: dict[int, dict[int, set[str]]] = {}
     heads = checkpoint.head_tails()
     for name, entry in checkpoint.tensors.items():
@@ -300,6 +301,27 @@ def check_experts(checkpoint: Checkpoint) -> None:
                 raise CheckpointError(
                     checkpoint.folder, f"layer {layer}, expert {expert} lacks {lacks}", "restore its weights"
                 )
+
+
+def _check_shapes(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless the experts, and the routers, of all layers have the same shapes.
+
+    An engine may pad what is too small and answer with NaN, as vLLM does.
+    """
+    first: dict[str, TensorEntry] = {}
+    for name, entry in checkpoint.tensors.items():
+        role = checkpoint.role(name)
+        if role.kind == "other":
+            continue
+        what = f"expert{role.after}" if role.kind == "expert" else name.rpartition(f".{checkpoint.family.block}.")[2]
+        known = first.setdefault(what, entry)
+        size, wanted = (found.shape if role.kind == "expert" else found.shape[1:] for found in (entry, known))
+        if size != wanted:
+            raise CheckpointError(
+                entry.file,
+                f"tensor {name} has shape {list(entry.shape)}, which does not go with {list(known.shape)} of {known.name}",
+                "copy or download the shard again, or cut again",
+            )
 
 
 def check_rows(entry: TensorEntry, role: Role, experts: int) -> None:

@@ -125,3 +125,19 @@ def test_overlays_need_an_architecture_that_stock_engines_refuse(whole: Path, tm
         check_cut(Checkpoint.open(tmp_path / "even"))
     _config(tmp_path / "even", architectures=["LeapQwen3MoeForCausalLM"])
     check_cut(Checkpoint.open(tmp_path / "even"))
+
+
+def test_an_expert_narrower_than_its_peers_is_refused(done: Path) -> None:
+    # vLLM would pad it and answer with NaN.
+    path = done / "model.safetensors"
+    parts = read_safetensors(path)
+    metadata = {"format": "pt", "leap_fingerprint": json.loads((done / "leap.json").read_text())["fingerprint"]}
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    dtype, (rows, columns), blob = parts[name]
+    parts[name] = (dtype, (rows - 1, columns), blob[: len(blob) // rows * (rows - 1)])
+    specs = {key: (kind, shape) for key, (kind, shape, _) in parts.items()}
+    write_safetensors(path, specs, metadata, {key: blob for key, (_, _, blob) in parts.items()})
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1\.mlp\.experts\.2\.up_proj\.weight has shape .* does not go with"
+    ):
+        check_cut(Checkpoint.open(done))

@@ -14,7 +14,6 @@ from leap_serve.architectures import Family, role_of, text_config
 from leap_serve.checkpoint import ADAPTER, MANIFEST, ROUTER_HEAD, Checkpoint, check_cut, check_experts, resolve_model
 from leap_serve.errors import CheckpointError, UnsupportedError
 from leap_serve.plan import Plan
-from leap_serve.tensorfile import TensorEntry
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +73,6 @@ def open_cut(vllm_config: VllmConfig, family: Family) -> Cut:
     checkpoint = Checkpoint.open(folder)
     check_cut(checkpoint)
     assert checkpoint.plan is not None  # check_cut refuses a checkpoint without one
-    check_shapes(checkpoint)
     check_groups(checkpoint, checkpoint.plan)
     if (folder / ADAPTER).parent.exists():
         raise UnsupportedError(
@@ -108,30 +106,8 @@ def check_groups(checkpoint: Checkpoint, plan: Plan) -> None:
             )
 
 
-def check_shapes(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError unless the experts, and the routers, of all layers have the same shapes.
-
-    vLLM pads a tensor that is too small, and answers with NaN.
-    """
-    first: dict[str, TensorEntry] = {}
-    for name, entry in checkpoint.tensors.items():
-        role = checkpoint.role(name)
-        if role.kind == "other":
-            continue
-        what = f"expert{role.after}" if role.kind == "expert" else name.rpartition(f".{checkpoint.family.block}.")[2]
-        known = first.setdefault(what, entry)
-        size, wanted = (found.shape if role.kind == "expert" else found.shape[1:] for found in (entry, known))
-        if size != wanted:
-            raise CheckpointError(
-                entry.file,
-                f"tensor {name} has shape {list(entry.shape)}, which does not go with {list(known.shape)} of {known.name}",
-                "copy or download the shard again, or cut again",
-            )
-
-
 def check_any(checkpoint: Checkpoint) -> None:
     """Raise LeapError unless a full or a cut checkpoint is whole, and loses no router head or adapter when served."""
-    check_shapes(checkpoint)
     if checkpoint.plan is not None:
         check_cut(checkpoint)
         return
