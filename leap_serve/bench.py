@@ -21,6 +21,7 @@ from typing import IO, Any
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.engine import Progress, RequestTiming
 from leap_serve.errors import LeapError, UsageError
+from leap_serve.launch import dying_with_parent
 from leap_serve.measure import Sample, ratio, sample, summary
 from leap_serve.provenance import command, hardware, versions
 from leap_serve.workload import Workload
@@ -75,6 +76,8 @@ class Worker:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "leap_serve.bench_worker"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=_environment(env or {}),
+            # One that is stopped hears nothing else and would stay for ever.
+            preexec_fn=dying_with_parent(signal.SIGKILL),
         )  # fmt: skip
         self.pid = self._process.pid
         self._pending = b""

@@ -27,7 +27,7 @@ def measure_serving(
     flags: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> list[list[Sample]]:
-    """Serve all contenders, load one at a time (the others are stopped), and return the samples of each.
+    """Serve all contenders at once, ask one at a time (an idle server takes no core), and return the samples of each.
 
     Args:
         contenders: one or two checkpoints; ``engine`` is ignored, ``env`` goes to the server.
@@ -44,16 +44,13 @@ def measure_serving(
         servers = []
         for contender in contenders:
             servers.append(stack.enter_context(Server(contender.model, flags, contender.env)))
-            servers[-1].pause()
         client = Worker("client")
         stack.callback(client.close)
         for done, (number, index) in enumerate(turns(len(contenders), warmup + rounds), 1):
             server = servers[index]
-            server.resume()
             call = _client_flags(server, resolve_model(contenders[index].model), workload, number)
             call += [f"--request-rate={request_rate}"] + ([f"--max-concurrency={concurrency}"] if concurrency else [])
             answer = client.ask("client", 1800, flags=call)
-            server.pause()
             if number >= warmup:
                 samples[index].append(_sample_of(answer, contenders[index].label, workload.batch))
             if progress is not None:

@@ -6,10 +6,8 @@ goes to standard error. The parent stops the process (SIGSTOP) while the other c
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,15 +62,8 @@ def _threads() -> int:
     return int(torch.get_num_threads())
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies: one that is stopped would stay for ever."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
 def main() -> int:
     """Answer until standard input ends."""
-    _die_with_parent()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     contender = Contender()

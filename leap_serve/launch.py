@@ -1,8 +1,10 @@
-"""``leap serve`` as a child process: start it, wait until it answers, pause it, stop it."""
+"""``leap serve`` as a child process: start it, wait until it answers, stop it."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import os
 import re
 import signal
@@ -10,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -20,8 +22,21 @@ from leap_serve.errors import LeapError
 _READY = re.compile(r"^leap serve: (?P<name>.+) is ready at (?P<url>\S+)/v1;", re.MULTILINE)
 
 
+def dying_with_parent(number: int) -> Callable[[], object] | None:
+    """Return a ``preexec_fn`` with which a child gets a signal when the thread that started it ends, however it ends.
+
+    Linux only; None elsewhere.
+    """
+    if sys.platform != "linux":
+        return None
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    return functools.partial(ctypes.CDLL(None).prctl, set_parent_death_signal, int(number))
+
+
 class Server:
     """A running ``leap serve MODEL``, in its own process group; a context manager that stops it.
+
+    It also stops when the thread that made it ends, were it by SIGKILL.
 
     Args:
         model: folder, ``leap-tiny`` or model id.
@@ -41,7 +56,7 @@ class Server:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "leap_serve.cli", "serve", self.model, "--port", "0", *flags],
             stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, "PYTHONSAFEPATH": "1", **(env or {})},
+            env={**os.environ, "PYTHONSAFEPATH": "1", **(env or {})}, preexec_fn=dying_with_parent(signal.SIGTERM),
         )  # fmt: skip
         self.pid = self._process.pid
         try:
@@ -65,18 +80,9 @@ class Server:
         size = os.fstat(self._log.fileno()).st_size
         return os.pread(self._log.fileno(), size, 0).decode(errors="replace")
 
-    def pause(self) -> None:
-        """Stop all its processes in their tracks, so that they take no core."""
-        os.killpg(self.pid, signal.SIGSTOP)
-
-    def resume(self) -> None:
-        """Let them go on."""
-        os.killpg(self.pid, signal.SIGCONT)
-
     def stop(self, number: int = signal.SIGTERM, timeout_s: float = 60) -> int:
         """Ask it to stop, wait, and return its exit status; whatever is left after that is killed."""
         if self._process.poll() is None:
-            self.resume()
             self._process.send_signal(number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout_s)

@@ -25,19 +25,19 @@ def children_of(pid: int) -> set[int]:
     return found - {pid}
 
 
-def assert_all_gone(pids: set[int], port: int) -> None:
+def assert_all_gone(pids: set[int], port: int | None = None) -> None:
+    """Wait a little for processes to end, and check that a port is free again."""
     deadline = time.monotonic() + 20
-    left = pids
-    while left and time.monotonic() < deadline:
-        left = {pid for pid in left if Path(f"/proc/{pid}").exists() and not _is_zombie(pid)}
+    while (left := {pid for pid in pids if state_of(pid) not in ("", "Z")}) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left
-    with socket.create_server(("127.0.0.1", port)):
-        pass  # the port is free again
+    if port is not None:
+        socket.create_server(("127.0.0.1", port)).close()
 
 
-def _is_zombie(pid: int) -> bool:
+def state_of(pid: int) -> str:
+    """Return a process's state letter ("T" stopped, "Z" ended but not yet waited for), or "" when there is none."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return True
+        return ""

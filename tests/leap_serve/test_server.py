@@ -21,6 +21,7 @@ from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli import main
 from leap_serve.errors import LeapError, UsageError
 from leap_serve.server import ServeOptions, bind, describe, leap_router
+from processes import assert_all_gone, children_of, state_of
 
 
 @pytest.fixture
@@ -116,10 +117,6 @@ def test_leap_route_knows_every_key() -> None:
         assert client("right", "other").get("/leap", headers=headers).json() == {"model": "m"}
 
 
-def state_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_an_idle_contender_takes_no_core_and_errors_keep_their_text(tmp_path: Path) -> None:
     worker = Worker("a")
@@ -150,7 +147,19 @@ def test_a_stopped_contender_dies_with_its_parent() -> None:
     pid = int(parent.stdout.readline())
     parent.send_signal(signal.SIGKILL)
     parent.wait(10)
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists() and state_of(pid) != "Z" and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not Path(f"/proc/{pid}").exists() or state_of(pid) == "Z"
+    assert_all_gone({pid})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="parent-death signals are Linux's")
+def test_a_server_ends_with_the_process_that_started_it(family_checkpoint: Callable[[str], Path]) -> None:
+    folder = family_checkpoint("qwen3_moe")
+    parent = subprocess.Popen(
+        [sys.executable, "-P", "-c", f"from leap_serve.launch import Server; Server({str(folder)!r})"]
+    )
+    deadline = time.monotonic() + 30
+    while not (children := children_of(parent.pid)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert children
+    parent.send_signal(signal.SIGKILL)
+    parent.wait(10)
+    assert_all_gone(children)
