@@ -14,6 +14,7 @@ from leap_serve.errors import LeapError, UsageError
 
 VERBS = {
     "demo": "the whole line on the bundled small model, on a CPU, in minutes",
+    "run": "the whole line from a recipe in YAML, resumable",
     "profile": "collect the experts' statistics on a task, inside the engine that serves",
     "search": "choose the experts to retain: a profile becomes a plan",
     "cut": "cut the planned experts out of a checkpoint, on files only",
