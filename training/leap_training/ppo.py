@@ -188,7 +188,7 @@ def update(
     """Improve the policy on one rollout; return :data:`METRICS`, means over the gradient steps taken."""
     total = len(rollout.actions)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    seen: dict[str, list[float]] = {key: [] for key in METRICS[:5]} | {"grad_norm": []}
+    seen: dict[str, list[float]] = {key: [] for key in (*METRICS[:5], "grad_norm")}
     for _ in range(config.ppo_epochs):
         order = torch.randperm(total, generator=generator)
         kls = []
