@@ -9,34 +9,18 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leap_serve import encoding
+from leap_serve import encoding, vllm_plans
 from leap_serve.engine import Completion, Memory, Progress, RequestTiming, Score
 from leap_serve.errors import LeapError, UnsupportedError
 
 if TYPE_CHECKING:
-    from leap_serve.encoding import Encoded
     from leap_serve.plan import BaseModel, Plan
     from leap_serve.profile import Profile
     from leap_serve.tasks.base import Item
-
-
-MAX_PLANS = 64
-"""Plans that share the engine at one time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Subset:
-    """The plan of one request: the slot it was loaded into, and the salt that keeps its part of the prefix cache apart.
-
-    Without the salt a prompt would find the keys and values that another plan's experts made.
-    """
-
-    slot: int
-    salt: str | None
+    from leap_serve.vllm_plans import Subset
 
 
 class VllmEngine:
@@ -100,6 +84,7 @@ class VllmEngine:
         self.dtype = str(self._llm.model_config.dtype).removeprefix("torch.")
         self._requests = 0
         self._identity: BaseModel | None = None
+        self._applied = False
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode texts without adding special tokens."""
@@ -128,10 +113,7 @@ class VllmEngine:
     def score(self, items: Sequence[Item], progress: Progress | None = None) -> list[Score]:
         """Score each item's answer after its prompt, teacher-forced, followed by the end-of-text token."""
 
-        encoded, ids = self._score_ids(items)
-        with _uncompiled_helpers():
-            results = self._run(ids, _score_params(), progress)
-        return [_score_of(*each) for each in zip(encoded, ids, results, strict=True)]
+        return self._score(items, progress)[0]
 
     def score_plans(
         self, plans: Sequence[Plan], items: Sequence[Item], progress: Progress | None = None
@@ -142,44 +124,27 @@ class VllmEngine:
         ``unhook_plans``. Raises LeapError where a plan does not fit the model, UnsupportedError where
         the routing cannot be taken over (compiled graphs, monolithic kernels, experts spread over ranks).
         """
-        encoded, ids = self._score_ids(items)
-        found: list[list[Score]] = []
-        total = len(plans) * len(ids)
-        for start in range(0, len(plans), MAX_PLANS):
-            group = plans[start : start + MAX_PLANS]
-            subsets = self.load_plans(group)
-            before = start * len(ids)
-            counted = None if progress is None else lambda done, _, p=progress, b=before: p(b + done, total)
-            with _uncompiled_helpers():
-                results = self._run(
-                    ids * len(group), _score_params(), counted, [subset for subset in subsets for _ in ids]
-                )
-            for place in range(0, len(results), max(1, len(ids))):
-                part = results[place : place + len(ids)]
-                found.append([_score_of(*each) for each in zip(encoded, ids, part, strict=True)])
-        return found if ids else [[] for _ in plans]
+        return vllm_plans.score_plans(self, plans, items, progress)
 
     def load_plans(self, plans: Sequence[Plan]) -> list[Subset]:
         """Put up to 64 plans at the requests' disposal, in place of those before; returns what names each."""
-        from leap_serve.subsets import check_plans
-
-        if not self.enforce_eager:
-            raise UnsupportedError("plans", "the engine runs compiled graphs", "open it with enforce_eager=True")
-        if len(plans) > MAX_PLANS:
-            raise LeapError("plans", f"are {len(plans)}", f"load at most {MAX_PLANS} at a time")
-        self._identity = self._identity or self.checkpoint.identity()
-        check_plans(self.checkpoint, self._identity, plans)
-        plain = [
-            {index: (list(layer.retained), layer.top_k, layer.temperature) for index, layer in plan.layers.items()}
-            for plan in plans
-        ]
-        self._rpc("leap_load_plans", plain)
-        # The fingerprint, not the slot: another plan may be in that slot tomorrow.
-        return [Subset(slot, plan.fingerprint) for slot, plan in enumerate(plans, 1)]
+        return vllm_plans.load_plans(self, plans)
 
     def unhook_plans(self) -> None:
         """Take the hooks off the routers; they come back with the next plans."""
         self._rpc("leap_remove_plans")
+
+    def apply(self, plan: Plan) -> None:
+        """Shrink the layers to a plan until ``restore``; what is asked meanwhile is answered by the pruned model.
+
+        The full experts are kept aside: ``memory`` then counts the weights that the pruned model needs,
+        the process holds both. Raises as ``score_plans`` does, and for quantised experts.
+        """
+        vllm_plans.apply(self, plan)
+
+    def restore(self) -> None:
+        """Make the layers whole again, bit for bit; harmless when they are."""
+        vllm_plans.restore(self)
 
     def profile(self, items: Sequence[Item], progress: Progress | None = None) -> Profile:
         """Collect the experts' statistics over prompt + answer of every item, in the kernels that serve.
@@ -192,6 +157,10 @@ class VllmEngine:
         from leap_serve.profile import check_request, from_worker
 
         check_request(self.checkpoint, items)
+        if self._applied:
+            raise UnsupportedError(
+                "profile", "a plan is applied, and profiles are of the full model", "restore it first"
+            )
         if not self.enforce_eager:
             raise UnsupportedError("profile", "the engine runs compiled graphs", "open it with enforce_eager=True")
         encoded = encoding.encode_items(self.tokenizer, items)
@@ -254,20 +223,33 @@ class VllmEngine:
         with _as_leap_errors(self.model):
             return list(self._llm.collective_rpc(method, args=args))
 
-    def _score_ids(self, items: Sequence[Item]) -> tuple[list[Encoded], list[list[int]]]:
-        """Encode items; the second list is prompt + answer + end of text."""
+    def _score(
+        self, items: Sequence[Item], progress: Progress | None, subsets: Sequence[Subset | None] = (None,)
+    ) -> list[list[Score]]:
+        """Score all items under each subset (None: under no plan), all in one batch."""
+        from vllm import SamplingParams
+
         end = encoding.end_ids(self.tokenizer)
         encoded = encoding.encode_items(self.tokenizer, items)
         ids = [e.prompt + e.answer + end for e in encoded]
         encoding.check_lengths([len(i) for i in ids], self.max_model_len - 1, "item")
-        return encoded, ids
+        # prompt_logprobs=0: of each prompt token its own logprob, nothing else.
+        params = SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=True
+        )
+        with _uncompiled_helpers():
+            results = iter(self._run(ids * len(subsets), params, progress, [subset for subset in subsets for _ in ids]))
+        return [
+            [_score_of(len(one.prompt), whole, next(results)) for one, whole in zip(encoded, ids, strict=True)]
+            for _ in subsets
+        ]  # fmt: skip
 
     def _run(
         self,
         prompts: Sequence[Sequence[int]],
         params: Any,
         progress: Progress | None,
-        subsets: Sequence[Subset] | None = None,
+        subsets: Sequence[Subset | None] | None = None,
     ) -> list[Any]:
         """Run token-id prompts to their end, each under its own plan if ``subsets`` says so; outputs in order."""
         engine = self._llm.llm_engine
@@ -282,7 +264,7 @@ class VllmEngine:
 
     @contextlib.contextmanager
     def _requests_of(
-        self, prompts: Sequence[Sequence[int]], params: Any, subsets: Sequence[Subset] | None = None
+        self, prompts: Sequence[Sequence[int]], params: Any, subsets: Sequence[Subset | None] | None = None
     ) -> Iterator[list[str]]:
         """Submit prompts under fresh names; what has not ended when the block is left is aborted."""
         names = [str(self._requests + number) for number in range(len(prompts))]
@@ -292,10 +274,10 @@ class VllmEngine:
                 for place, (name, ids) in enumerate(zip(names, prompts, strict=True)):
                     prompt: dict[str, Any] = {"prompt_token_ids": list(ids)}
                     own = params.clone()
-                    if subsets is not None:
-                        own.extra_args = {"leap_plan": subsets[place].slot}
-                        if subsets[place].salt is not None:
-                            prompt["cache_salt"] = subsets[place].salt
+                    if subsets is not None and (subset := subsets[place]) is not None:
+                        own.extra_args = {"leap_plan": subset.slot}
+                        if subset.salt is not None:
+                            prompt["cache_salt"] = subset.salt
                     self._llm.llm_engine.add_request(name, prompt, own)
             yield names
         except BaseException:
@@ -303,18 +285,9 @@ class VllmEngine:
             raise
 
 
-def _score_params() -> Any:
-    """Ask of each prompt token for its own logprob, nothing else."""
-    from vllm import SamplingParams
-
-    return SamplingParams(
-        temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=True
-    )
-
-
-def _score_of(encoded: Encoded, whole: Sequence[int], result: Any) -> Score:
-    """Sum the answer's logprobs. Nothing precedes the very first token, so it has no likelihood."""
-    places = range(max(1, len(encoded.prompt)), len(whole))
+def _score_of(start: int, whole: Sequence[int], result: Any) -> Score:
+    """Sum the logprobs of whole[start:]. Nothing precedes the very first token, so it has no likelihood."""
+    places = range(max(1, start), len(whole))
     return Score(sum(result.prompt_logprobs[at][whole[at]].logprob for at in places), len(places))
 
 

@@ -1,4 +1,4 @@
-"""Many plans in one running engine: mixed = alone = transformers behind masks = the checkpoint really cut."""
+"""Many plans in one running engine: mixed = alone = applied = transformers behind masks = the checkpoint really cut."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from leap_serve.errors import LeapError, PlanError, UnsupportedError
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.tasks.base import Item
 from leap_serve.torch_engine import TorchEngine
-from leap_serve.vllm_engine import MAX_PLANS, Subset, VllmEngine
+from leap_serve.vllm_engine import VllmEngine
+from leap_serve.vllm_plans import MAX_PLANS, Subset
 from parity import CONTROL, TOLERANCE, uneven_plan
 from tiny_tokenizer import talking_copy
 
@@ -51,6 +52,12 @@ def largest(ours: Sequence[Sequence[Score]], theirs: Sequence[Sequence[Score]]) 
     )  # fmt: skip
 
 
+def score_applied(engine: VllmEngine, plan: Plan) -> list[Score]:
+    """Scores of the engine whose layers have shrunk to a plan."""
+    engine.apply(plan)
+    return engine.score(ITEMS)
+
+
 @pytest.mark.parametrize("family", SPECIFIC)
 def test_mixed_is_alone_is_masked_is_cut(family: str, family_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     model = talking_copy(family_checkpoint(family), tmp_path / family)
@@ -68,12 +75,15 @@ def test_mixed_is_alone_is_masked_is_cut(family: str, family_checkpoint: Callabl
         seen: list[tuple[int, int]] = []
         mixed = engine.score_plans(plans, ITEMS, lambda done, total: seen.append((done, total)))
         alone = [engine.score_plans([plan], ITEMS)[0] for plan in plans]
+        applied = [score_applied(engine, plan) for plan in plans]
+        engine.restore()
         assert engine.score(ITEMS) == before, "a request without a plan sees stock routing"
     finally:
         engine.close()
     assert seen[-1] == (12, 12)
     assert largest(mixed, alone) <= TOLERANCE
     assert largest(mixed, masked) <= TOLERANCE
+    assert largest(mixed, applied) <= TOLERANCE
     assert largest([before], [stock]) <= TOLERANCE
 
     cut(model, plans[0], tmp_path / "cut")
@@ -182,6 +192,29 @@ def test_generation_in_mixed_company(engine: VllmEngine, model: Path) -> None:
     assert len(set(texts)) > 8, "plans should say different things"
 
 
+def test_layers_shrink_and_grow_back(engine: VllmEngine, model: Path) -> None:
+    plan = plans_of(model)[0]
+    full, text, cached = engine.score(ITEMS), engine.generate(["Once upon"], 12), ask(engine, [Subset(0, None)])
+    masked, whole = engine.score_plans([plan], ITEMS), engine.memory().weights_bytes
+    engine.apply(plan)
+    assert largest([engine.score(ITEMS)], masked) <= TOLERANCE
+    assert largest([full], masked) > CONTROL
+    one_expert = 3 * 32 * 64 * 4
+    assert engine.memory().weights_bytes == whole - one_expert * sum(8 - count for count in plan.counts)
+    assert apart(ask(engine, [Subset(0, None)])[0], cached[0]) > CONTROL, "the prefix cache was emptied"
+    with pytest.raises(UnsupportedError, match="restore them first"):
+        engine.score_plans([plan], ITEMS)
+    with pytest.raises(UnsupportedError, match="restore it first"):
+        engine.profile(ITEMS)
+    engine.restore()
+    engine.restore()
+    assert engine.score(ITEMS) == full
+    assert engine.generate(["Once upon"], 12) == text
+    assert ask(engine, [Subset(0, None)]) == cached
+    assert engine.memory().weights_bytes == whole
+    assert largest(engine.score_plans([plan], ITEMS), masked) <= TOLERANCE
+
+
 def test_plans_of_another_model_are_refused(engine: VllmEngine, model: Path) -> None:
     plan = plans_of(model)[0]
     first = min(plan.layers)
@@ -202,6 +235,8 @@ def test_plans_of_another_model_are_refused(engine: VllmEngine, model: Path) -> 
     engine.enforce_eager = False
     with pytest.raises(UnsupportedError, match="enforce_eager"):
         engine.score_plans([plan], ITEMS)
+    with pytest.raises(UnsupportedError, match="enforce_eager"):
+        engine.apply(plan)
     engine.enforce_eager = True
     assert largest(engine.score_plans([plan], ITEMS), reference.score_plans([plan], ITEMS)) <= TOLERANCE
     reference.close()

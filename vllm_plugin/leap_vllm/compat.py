@@ -299,6 +299,29 @@ def batch_slots(runner: Any, scheduler_output: Any, key: str) -> list[tuple[int,
     return found
 
 
+def check_shrinkable(name: str, runner: Any) -> None:
+    """Raise UnsupportedError unless all of an MoE layer's parameters are plain tensors with one row per expert."""
+    experts = runner.routed_experts
+    method = type(experts.quant_method).__name__
+    odd = [key for key, value in experts.named_parameters() if value.shape[0] != experts.global_num_experts]
+    if method != "UnquantizedFusedMoEMethod" or odd:
+        raise UnsupportedError(
+            name, f"its experts ({method}{', ' if odd else ''}{', '.join(odd)}) cannot be taken out of a running engine",
+            "cut the checkpoint and load it",
+        )  # fmt: skip
+
+
+def sizes_of(runner: Any, num_experts: int, top_k: int) -> list[tuple[Any, str, int]]:
+    """Return (object, attribute, value) of everything in an MoE layer that holds its expert count or top_k."""
+    router, experts, config = runner.router, runner.routed_experts, runner.moe_config
+    return [
+        (router, "global_num_experts", num_experts), (router, "top_k", top_k),
+        (experts, "global_num_experts", num_experts), (experts, "local_num_experts", num_experts),
+        (experts, "top_k", top_k), (config, "num_experts", num_experts), (config, "num_local_experts", num_experts),
+        (config, "experts_per_token", top_k),
+    ]  # fmt: skip
+
+
 def replace_method(owner: Any, name: str, method: Callable[..., Any]) -> Callable[[], None]:
     """Give one object a method of its own; returns what takes it away, or brings back the one it had."""
     before = vars(owner).get(name)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from leap_serve.errors import LeapError, UnsupportedError
@@ -23,7 +24,7 @@ PlainPlan = Mapping[int, tuple[Sequence[int], int, float]]
 
 
 class LayerTable:
-    """What C plans say of one layer: keep [C, E] bool, top_k [C] int64, temperature [C] float32.
+    """What C plans say of one layer: penalty [C, E] float32 (0 or −inf), top_k [C] int64, temperature [C] float32.
 
     Args:
         plans: (retained ids, top_k, τ) of slots 1…C−1.
@@ -35,11 +36,11 @@ class LayerTable:
     def __init__(
         self, plans: Sequence[tuple[Sequence[int], int, float]], num_experts: int, top_k: int, device: torch.device
     ) -> None:
-        keep = torch.zeros(len(plans) + 1, num_experts, dtype=torch.bool)
-        keep[0] = True
+        penalty = torch.full((len(plans) + 1, num_experts), float("-inf"))
+        penalty[0] = 0.0
         for slot, (retained, _, _) in enumerate(plans, 1):
-            keep[slot, list(retained)] = True
-        self.keep = keep.to(device)
+            penalty[slot, list(retained)] = 0.0
+        self.penalty = penalty.to(device)
         self.top_k = torch.tensor([top_k, *(k for _, k, _ in plans)], device=device)
         self.temperature = torch.tensor([1.0, *(tau for _, _, tau in plans)], device=device)
         # bf16 logits stay bf16 where no τ asks for more, as they do in the stock router of a cut.
@@ -61,16 +62,17 @@ def route(
     before a retained expert, and weighs nothing. A correction bias or groups get a branch of our own.
     """
     if table.scaled:
-        logits = logits.float() / table.temperature[slots, None]
-    dropped = ~table.keep[slots]
+        logits = logits.float() / table.temperature.index_select(0, slots)[:, None]
+    penalty = table.penalty.index_select(0, slots)
     if choosing.biased:
-        ids, weights, merit = _biased(logits, dropped, choosing)
-    else:
-        masked = logits.masked_fill(dropped, float("-inf"))
-        weights, ids = stock(masked)
-        merit = masked.gather(1, ids.long())
+        ids, weights, merit = _biased(logits, penalty, choosing)
+        if table.limited:
+            weights = limit(weights, merit, table.top_k[slots], choosing.renormalise)
+        return weights, ids
+    masked = logits + penalty.to(logits.dtype)
+    weights, ids = stock(masked)
     if table.limited:
-        weights = limit(weights, merit, table.top_k[slots], choosing.renormalise)
+        weights = limit(weights, masked.gather(1, ids.long()), table.top_k[slots], choosing.renormalise)
     return weights, ids
 
 
@@ -84,16 +86,15 @@ def limit(weights: torch.Tensor, merit: torch.Tensor, top_k: torch.Tensor, renor
 
 
 def _biased(
-    logits: torch.Tensor, dropped: torch.Tensor, choosing: compat.Choosing
+    logits: torch.Tensor, penalty: torch.Tensor, choosing: compat.Choosing
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scores weigh, scores + bias choose, within the best groups; returns ids, weights and merit, all [T, K].
 
     Masking the logits would not do: σ(−inf) = 0, and 0 + bias may win. So the biased score is masked.
     """
     z = logits.float()
-    scores = z.sigmoid() if choosing.scoring == "sigmoid" else z.masked_fill(dropped, float("-inf")).softmax(-1)
-    choice = scores if choosing.bias is None else scores + choosing.bias
-    choice = choice.masked_fill(dropped, float("-inf"))
+    scores = z.sigmoid() if choosing.scoring == "sigmoid" else (z + penalty).softmax(-1)
+    choice = (scores if choosing.bias is None else scores + choosing.bias) + penalty
     if choosing.groups > 1:
         grouped = choice.view(choice.shape[0], choosing.groups, -1)
         # With a bias a group is worth the sum of its two best experts, without one its best.
@@ -125,8 +126,8 @@ class Subsets:
         self._tables: dict[int, LayerTable] = {}
         self.slots = 1
         self._active = False
-        self._slot_of = torch.zeros(runner.max_num_tokens, dtype=torch.long)
-        self._on_device = self._slot_of.to(runner.device)
+        self._slot_of = torch.zeros(runner.max_num_tokens, dtype=torch.long, device=runner.device)
+        self._filled = 0
         self._undo: list[Callable[[], None]] = []
         for layer, found in self.layers.items():
             self._hook_router(layer, found.router)
@@ -171,7 +172,7 @@ class Subsets:
                 )
                 return found
             return route(
-                self._tables[layer], self._on_device[: router_logits.shape[0]], router_logits, choosing,
+                self._tables[layer], self._slot_of[: router_logits.shape[0]], router_logits, choosing,
                 lambda logits: stock(hidden_states, logits, indices_type, input_ids=input_ids),
             )  # fmt: skip
 
@@ -198,8 +199,7 @@ class Subsets:
         self._active = any(slot for slot, _ in batch)
         if not self._active:
             return
-        names, lengths = torch.tensor(batch).unbind(1)
-        filled = int(lengths.sum())
-        self._slot_of[:filled] = names.repeat_interleave(lengths)
-        self._slot_of[filled:] = 0
-        self._on_device.copy_(self._slot_of)
+        slots = np.repeat(*np.array(batch).T)
+        self._slot_of[len(slots) : self._filled] = 0
+        self._slot_of[: len(slots)] = torch.from_numpy(slots)
+        self._filled = len(slots)
