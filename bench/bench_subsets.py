@@ -110,6 +110,13 @@ def cost(engine: VllmEngine, plans: list[Plan], rounds: int) -> dict[str, Any]:
     }
 
 
+def threads() -> int:
+    """Threads that torch computes with."""
+    import torch
+
+    return torch.get_num_threads()
+
+
 def plans_per_minute(model: Path, engine: VllmEngine, reloads: int, items: int, dtype: str) -> dict[str, Any]:
     """Plans scored per minute in the running engine, and by cutting and loading; closes the engine."""
     asked = load_task(next(iter(TASKS))).items("validation", items)
@@ -153,7 +160,7 @@ def main() -> None:
             engine = VllmEngine(model, dtype=args.dtype, kv_cache_gib=0.5)
             row: dict[str, Any] = {
                 "bench": "subsets", "model": name, "dtype": args.dtype, "requests": REQUESTS, "prompt_tokens": PROMPT,
-                "output_tokens": OUTPUT, "plans_mixed": PLANS, "rounds": args.rounds,
+                "output_tokens": OUTPUT, "plans_mixed": PLANS, "rounds": args.rounds, "threads": threads(),
                 **cost(engine, random_plans(model, PLANS), args.rounds),
             }  # fmt: skip
             if made:  # no tokenizer, so there are no items to score

@@ -23,6 +23,7 @@ def check_plans(checkpoint: Checkpoint, identity: BaseModel, plans: Sequence[Pla
             checkpoint.folder, "is cut unevenly, and plans are scored on the model they choose from",
             "open the full model",
         )  # fmt: skip
+    experts, layers, top_k = checkpoint.num_experts, checkpoint.moe_layers, checkpoint.top_k
     for number, plan in enumerate(plans):
         where = f"plan {number}"
         if plan.base.sha256 != identity.sha256:
@@ -30,16 +31,16 @@ def check_plans(checkpoint: Checkpoint, identity: BaseModel, plans: Sequence[Pla
                 where, f"was made for {plan.base.id} ({plan.base.sha256[:12]}…), not for {identity.id} "
                 f"({identity.sha256[:12]}…)", "open the model it was made for, or search again",
             )  # fmt: skip
-        if plan.num_experts != checkpoint.num_experts or list(plan.layers) != checkpoint.moe_layers:
+        if plan.num_experts != experts or list(plan.layers) != layers:
             raise PlanError(
                 where, f"plans {plan.num_experts} experts in layers {list(plan.layers)}, the model has "
-                f"{checkpoint.num_experts} in {checkpoint.moe_layers}", "search again on this model",
+                f"{experts} in {layers}", "search again on this model",
             )  # fmt: skip
         for index, layer in plan.layers.items():
-            if layer.top_k > checkpoint.top_k:
+            if layer.top_k > top_k:
                 raise PlanError(
-                    where, f"layer {index} has top_k {layer.top_k}, the model's is {checkpoint.top_k}",
-                    f"set top_k[{index}] to {checkpoint.top_k}",
+                    where, f"layer {index} has top_k {layer.top_k}, the model's is {top_k}",
+                    f"set top_k[{index}] to {top_k}",
                 )  # fmt: skip
         try:
             check_groups(checkpoint, plan)
