@@ -33,7 +33,7 @@ from leap_training.pruning_policy import (
     similarity,
 )
 from leap_training.pruning_space import Chosen, Ledger
-from leap_training.saliency import Scores
+from leap_training.saliency import OBSERVED, Scores, scores
 
 HEATING = 1.15
 IDLE = 40
@@ -75,14 +75,14 @@ class AgentConfig:
 class Agent:
     """A search in progress."""
 
-    def __init__(self, profile: Profile, scores: Scores, ledger: Ledger, config: AgentConfig) -> None:
+    def __init__(self, profile: Profile, prior: Scores, ledger: Ledger, config: AgentConfig) -> None:
         self.config, self.ledger, self.space = config, ledger, ledger.space
-        self.scores = scores
+        self.prior = prior
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.policy = PruningPolicy(
                 expert_features(profile, self.space), similarity(profile, self.space),
-                prior_logits(scores, self.space, config.prior_strength), self.space,
+                prior_logits(prior, self.space, config.prior_strength), self.space,
             )  # fmt: skip
         self.critic = AdditiveCritic(self.policy, config.ridge, config.half_life)
         self.optimizer = torch.optim.Adam(
@@ -106,7 +106,7 @@ class Agent:
         wanted = self.subsets(picks if mode is None else torch.cat([mode, picks]))
         if not self.updates:
             # The ranking's own plan is the first evaluation: no search returns a worse one.
-            wanted = [self.space.best_of(self.scores), *wanted[1:]]
+            wanted = [self.space.best_of(self.prior), *wanted[1:]]
             picks = picks[1:]
         asked = self.ledger.evaluations
         rewards = self.ledger(wanted, config.episodes)[1:]
@@ -216,7 +216,7 @@ def fingerprint(agent: Agent, profile: Profile, data_sha256: str) -> dict[str, A
     """What must be the same for a search to be continued: model, data, space, prior, reward and settings."""
     space, digest = agent.space, hashlib.sha256()
     for layer in space.layers:
-        digest.update(np.ascontiguousarray(agent.scores[layer], np.float64).tobytes())
+        digest.update(np.ascontiguousarray(agent.prior[layer], np.float64).tobytes())
     for parameter in agent.policy.shared():
         digest.update(parameter.detach().numpy().tobytes())
     return {
@@ -296,9 +296,18 @@ class Found:
     history: tuple[dict[str, float], ...]
 
 
+def best_ranking(profile: Profile, ledger: Ledger) -> tuple[str, Scores]:
+    """The observed criterion whose own plan earns most, and its scores; each criterion costs one evaluation."""
+    found = {name: scores(profile, name) for name in OBSERVED}
+    rewards = ledger([ledger.space.best_of(one) for one in found.values()])
+    earned = {name: reward for name, reward in zip(found, rewards, strict=True) if reward is not None}
+    best = max(earned, key=lambda name: earned[name])
+    return best, found[best]
+
+
 def search(
     profile: Profile,
-    scores: Scores,
+    prior: Scores,
     ledger: Ledger,
     config: AgentConfig = AgentConfig(),
     *,
@@ -313,7 +322,7 @@ def search(
 
     Args:
         profile: of the model, on training data of the task.
-        scores: the saliency that the policy starts at.
+        prior: the saliency that the policy starts at.
         ledger: evaluates plans, on validation data; may hold nothing yet.
         state: folder that is written after every update and continued from, to the same result.
         data_sha256: identifies the ledger's items.
@@ -324,7 +333,7 @@ def search(
 
     Raises UsageError where ``state`` belongs to another search, CheckpointError where it is damaged.
     """
-    agent = Agent(profile, scores, ledger, config)
+    agent = Agent(profile, prior, ledger, config)
     if warm is not None:
         agent.warm_start(warm)
     disk = StateFolder(state, fingerprint(agent, profile, data_sha256)) if state is not None else None
@@ -341,7 +350,7 @@ def search(
     if save_policy is not None:
         agent.save_policy(save_policy)
     chosen, reward, loss = ledger.best()
-    kept = {layer: tuple(map(float, scores[layer])) for layer in ledger.space.layers}
+    kept = {layer: tuple(map(float, prior[layer])) for layer in ledger.space.layers}
     plan = ledger.space.plan(
         chosen, kept, method="leap", settings=asdict(config), reward=asdict(ledger.reward), search_loss=loss,
         search_reward=reward, evaluations=ledger.evaluations, search_data_sha256=data_sha256, **provenance,

@@ -183,7 +183,8 @@ class Ledger:
         return len(self.losses)
 
     def restore(self, subsets: Sequence[Chosen], losses: Sequence[float], rewards: Sequence[float]) -> None:
-        """Take over what an earlier process evaluated, in its order."""
+        """Take over what an earlier process evaluated, in its order, in place of what is known."""
+        self.losses, self.rewards, self.curve = {}, {}, []
         for chosen, loss, reward in zip(subsets, losses, rewards, strict=True):
             self._record(chosen.tobytes(), loss, reward)
 
