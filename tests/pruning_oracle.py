@@ -17,7 +17,7 @@ LAYERS, EXPERTS, KEEP = 2, 6, 3
 
 
 class Oracle:
-    """loss = 4 − Σ worth of the retained − Σ synergy of retained pairs of a layer; counts what it is asked."""
+    """loss = 6 − Σ worth of the retained − Σ synergy of retained pairs of a layer; counts what it is asked."""
 
     def __init__(self, layers: int = LAYERS, experts: int = EXPERTS, seed: int = 0) -> None:
         random = np.random.default_rng(seed)
@@ -30,7 +30,7 @@ class Oracle:
     def loss(self, chosen: Chosen) -> float:
         kept = chosen.astype(float)
         together = np.einsum("le,lef,lf->", kept, self.synergy, kept)
-        return float(4.0 - (self.worth * kept).sum() - together)
+        return float(6.0 - (self.worth * kept).sum() - together)
 
     def __call__(self, plans: Sequence[Plan]) -> list[float]:
         self.asked += len(plans)

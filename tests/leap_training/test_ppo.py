@@ -87,7 +87,7 @@ def test_forbidden_actions_are_never_drawn_and_carry_no_gradient() -> None:
     (policy.log_prob(torch.tensor([1])) + policy.entropy()).sum().backward()
     assert logits.grad is not None and torch.isfinite(logits.grad).all() and logits.grad[0, 2] == 0
     probabilities = torch.tensor([1.0, 2.0, 0.0]).softmax(0)
-    assert float(policy.entropy()) == pytest.approx(float(-(probabilities * probabilities.log()).sum()), abs=1e-6)
+    assert policy.entropy().item() == pytest.approx(float(-(probabilities * probabilities.log()).sum()), abs=1e-6)
 
 
 def test_plackett_luce_probabilities_sum_to_one_and_match_the_draws() -> None:

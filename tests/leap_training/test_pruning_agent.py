@@ -193,7 +193,7 @@ def test_the_reward_weighs_quality_size_and_latency() -> None:
     oracle = Oracle()
     book = Ledger(oracle, ledger(oracle).space, Reward(2.0, 0.5, 0.25), latency=lambda plan: 0.8)
     chosen = book.space.best_of(SCORES)
-    expected = 2 * math.exp(-oracle.loss(chosen)) - 0.5 * KEEP / EXPERTS - 0.25 * 0.8
+    expected = 2 / (1 + oracle.loss(chosen)) - 0.5 * KEEP / EXPERTS - 0.25 * 0.8
     assert book([chosen]) == [pytest.approx(expected)]
 
 

@@ -144,7 +144,7 @@ class PruningSpace:
 class Reward:
     """R = alpha·Perf − size_coef·Σ|I|/(L·E) − latency_coef·Latency/Latency_full (LEAP eq. 4, and latency).
 
-    Perf = exp(−loss), the geometric mean of the right tokens' probabilities, in (0, 1].
+    Perf = 1/(1 + loss), in (0, 1]: monotone in the loss and, unlike exp(−loss), not flat where pruning is hard.
     """
 
     alpha: float = 1.0
@@ -153,7 +153,7 @@ class Reward:
 
     def __call__(self, loss: float, retained: float, latency: float = 0.0) -> float:
         """Reward of a plan that retains this fraction of the experts, at this latency over the full model's."""
-        return self.alpha * math.exp(-loss) - self.size_coef * retained - self.latency_coef * latency
+        return self.alpha / (1.0 + loss) - self.size_coef * retained - self.latency_coef * latency
 
 
 class Ledger:
