@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from leap_serve.plan import Plan
     from leap_serve.profile import Profile
     from leap_serve.tasks.base import Item
 
@@ -73,6 +74,16 @@ class Engine(Protocol):
 
     def score(self, items: Sequence[Item], progress: Progress | None = None) -> list[Score]:
         """Score each item's answer after its prompt, teacher-forced, followed by the end-of-text token."""
+        ...
+
+    def score_plans(
+        self, plans: Sequence[Plan], items: Sequence[Item], progress: Progress | None = None
+    ) -> list[list[Score]]:
+        """For each plan, the Score of every item when only that plan's experts may be chosen (its top_k, its τ).
+
+        The model that is loaded must be the full one that the plans speak of. Nothing is cut: the routers
+        are masked, and the answers are those of the checkpoint cut to that plan.
+        """
         ...
 
     def profile(self, items: Sequence[Item], progress: Progress | None = None) -> Profile:

@@ -17,6 +17,7 @@ from leap_serve.engine import Completion, Memory, Progress, RequestTiming, Score
 from leap_serve.errors import LeapError, UnsupportedError
 
 if TYPE_CHECKING:
+    from leap_serve.plan import Plan
     from leap_serve.profile import Profile
     from leap_serve.tasks.base import Item
 
@@ -122,6 +123,37 @@ class TorchEngine:
         return scores
 
     @torch.inference_mode()  # type: ignore[untyped-decorator, unused-ignore]
+    def score_plans(
+        self, plans: Sequence[Plan], items: Sequence[Item], progress: Progress | None = None
+    ) -> list[list[Score]]:
+        """For each plan, the Score of every item when only that plan's experts may be chosen (its top_k, its τ).
+
+        Rows of one batch belong to different plans; each is routed by its own.
+        """
+        from leap_serve.subsets import check_plans
+        from leap_serve.torch_subsets import masked_routers
+
+        check_plans(self.checkpoint, self.checkpoint.identity(), plans)
+        end = encoding.end_ids(self.tokenizer)
+        encoded = encoding.encode_items(self.tokenizer, items)
+        ids = [e.prompt + e.answer + end for e in encoded]
+        encoding.check_lengths([len(i) for i in ids], self.max_model_len, "item")
+        # Item by item, so that most rows of a batch are equally long.
+        asked = [(item, plan) for item in range(len(ids)) for plan in range(len(plans))]
+        scores: dict[tuple[int, int], Score] = {}
+        with masked_routers(self._model, self.checkpoint.family) as routers:
+            for start in range(0, len(asked), BATCH):
+                batch = asked[start : start + BATCH]
+                routers.assign([plans[plan] for _, plan in batch])
+                logprobs = self._token_logprobs([ids[item] for item, _ in batch])
+                for (item, plan), row in zip(batch, logprobs, strict=True):
+                    first = max(1, len(encoded[item].prompt))
+                    scores[item, plan] = Score(float(row[first - 1 :].double().sum()), len(ids[item]) - first)
+                if progress is not None:
+                    progress(len(scores), len(asked))
+        return [[scores[item, plan] for item in range(len(ids))] for plan in range(len(plans))]
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator, unused-ignore]
     def profile(self, items: Sequence[Item], progress: Progress | None = None) -> Profile:
         """Collect the experts' statistics over prompt + answer of every item, one item at a time, without padding."""
         from leap_serve.profile import assemble, check_request
@@ -171,6 +203,18 @@ class TorchEngine:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _token_logprobs(self, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """Return of each row its tokens' log-probabilities, the first token's left out; one batch, padded at the end."""
+        longest = max(map(len, rows))
+        ids = torch.zeros(len(rows), longest, dtype=torch.long, device=self.device)
+        mask = torch.zeros_like(ids)
+        for number, row in enumerate(rows):
+            ids[number, : len(row)] = torch.tensor(list(row), device=self.device)
+            mask[number, : len(row)] = 1
+        logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        picked = logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        return [picked[number, : len(row) - 1] for number, row in enumerate(rows)]
 
     def _decode(
         self, prompts: Sequence[Sequence[int]], steps: int, choose: Callable[[torch.Tensor], torch.Tensor | None]

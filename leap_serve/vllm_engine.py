@@ -12,13 +12,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leap_serve import encoding
+from leap_serve import encoding, vllm_plans
 from leap_serve.engine import Completion, Memory, Progress, RequestTiming, Score
 from leap_serve.errors import LeapError, UnsupportedError
 
 if TYPE_CHECKING:
+    from leap_serve.plan import BaseModel, Plan
     from leap_serve.profile import Profile
     from leap_serve.tasks.base import Item
+    from leap_serve.vllm_plans import Subset
 
 
 class VllmEngine:
@@ -81,6 +83,8 @@ class VllmEngine:
         self.max_model_len: int = self._llm.model_config.max_model_len
         self.dtype = str(self._llm.model_config.dtype).removeprefix("torch.")
         self._requests = 0
+        self._identity: BaseModel | None = None
+        self._applied = False
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode texts without adding special tokens."""
@@ -108,25 +112,39 @@ class VllmEngine:
 
     def score(self, items: Sequence[Item], progress: Progress | None = None) -> list[Score]:
         """Score each item's answer after its prompt, teacher-forced, followed by the end-of-text token."""
-        from vllm import SamplingParams
 
-        end = encoding.end_ids(self.tokenizer)
-        encoded = encoding.encode_items(self.tokenizer, items)
-        ids = [e.prompt + e.answer + end for e in encoded]
-        encoding.check_lengths([len(i) for i in ids], self.max_model_len - 1, "item")
-        # prompt_logprobs=0: of each prompt token its own logprob, nothing else.
-        params = SamplingParams(
-            temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=True
-        )
-        with _uncompiled_helpers():
-            results = self._run(ids, params, progress)
-        scores = []
-        for one, whole, result in zip(encoded, ids, results, strict=True):
-            # Nothing precedes the very first token, so it has no likelihood.
-            places = range(max(1, len(one.prompt)), len(whole))
-            logprob = sum(result.prompt_logprobs[at][whole[at]].logprob for at in places)
-            scores.append(Score(logprob, len(places)))
-        return scores
+        return self._score(items, progress)[0]
+
+    def score_plans(
+        self, plans: Sequence[Plan], items: Sequence[Item], progress: Progress | None = None
+    ) -> list[list[Score]]:
+        """For each plan, the Score of every item when only that plan's experts may be chosen (its top_k, its τ).
+
+        Requests of up to 64 plans run in one batch; routers are hooked on first use and stay so until
+        ``unhook_plans``. Raises LeapError where a plan does not fit the model, UnsupportedError where
+        the routing cannot be taken over (compiled graphs, monolithic kernels, experts spread over ranks).
+        """
+        return vllm_plans.score_plans(self, plans, items, progress)
+
+    def load_plans(self, plans: Sequence[Plan]) -> list[Subset]:
+        """Put up to 64 plans at the requests' disposal, in place of those before; returns what names each."""
+        return vllm_plans.load_plans(self, plans)
+
+    def unhook_plans(self) -> None:
+        """Take the hooks off the routers; they come back with the next plans."""
+        self._rpc("leap_remove_plans")
+
+    def apply(self, plan: Plan) -> None:
+        """Shrink the layers to a plan until ``restore``; what is asked meanwhile is answered by the pruned model.
+
+        The full experts are kept aside: ``memory`` then counts the weights that the pruned model needs,
+        the process holds both. Raises as ``score_plans`` does, and for quantised experts.
+        """
+        vllm_plans.apply(self, plan)
+
+    def restore(self) -> None:
+        """Make the layers whole again, bit for bit; harmless when they are."""
+        vllm_plans.restore(self)
 
     def profile(self, items: Sequence[Item], progress: Progress | None = None) -> Profile:
         """Collect the experts' statistics over prompt + answer of every item, in the kernels that serve.
@@ -139,6 +157,10 @@ class VllmEngine:
         from leap_serve.profile import check_request, from_worker
 
         check_request(self.checkpoint, items)
+        if self._applied:
+            raise UnsupportedError(
+                "profile", "a plan is applied, and profiles are of the full model", "restore it first"
+            )
         if not self.enforce_eager:
             raise UnsupportedError("profile", "the engine runs compiled graphs", "open it with enforce_eager=True")
         encoded = encoding.encode_items(self.tokenizer, items)
@@ -201,11 +223,38 @@ class VllmEngine:
         with _as_leap_errors(self.model):
             return list(self._llm.collective_rpc(method, args=args))
 
-    def _run(self, prompts: Sequence[Sequence[int]], params: Any, progress: Progress | None) -> list[Any]:
-        """Run token-id prompts to their end and return vLLM's outputs in order."""
+    def _score(
+        self, items: Sequence[Item], progress: Progress | None, subsets: Sequence[Subset | None] = (None,)
+    ) -> list[list[Score]]:
+        """Score all items under each subset (None: under no plan), all in one batch."""
+        from vllm import SamplingParams
+
+        end = encoding.end_ids(self.tokenizer)
+        encoded = encoding.encode_items(self.tokenizer, items)
+        ids = [e.prompt + e.answer + end for e in encoded]
+        encoding.check_lengths([len(i) for i in ids], self.max_model_len - 1, "item")
+        # prompt_logprobs=0: of each prompt token its own logprob, nothing else.
+        params = SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=True
+        )
+        with _uncompiled_helpers():
+            results = iter(self._run(ids * len(subsets), params, progress, [subset for subset in subsets for _ in ids]))
+        return [
+            [_score_of(len(one.prompt), whole, next(results)) for one, whole in zip(encoded, ids, strict=True)]
+            for _ in subsets
+        ]  # fmt: skip
+
+    def _run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Any,
+        progress: Progress | None,
+        subsets: Sequence[Subset | None] | None = None,
+    ) -> list[Any]:
+        """Run token-id prompts to their end, each under its own plan if ``subsets`` says so; outputs in order."""
         engine = self._llm.llm_engine
         finished: dict[str, Any] = {}
-        with self._requests_of(prompts, params) as names:
+        with self._requests_of(prompts, params, subsets) as names:
             while engine.has_unfinished_requests():
                 before = len(finished)
                 finished.update({output.request_id: output for output in engine.step() if output.finished})
@@ -214,18 +263,32 @@ class VllmEngine:
         return [finished[name] for name in names]
 
     @contextlib.contextmanager
-    def _requests_of(self, prompts: Sequence[Sequence[int]], params: Any) -> Iterator[list[str]]:
+    def _requests_of(
+        self, prompts: Sequence[Sequence[int]], params: Any, subsets: Sequence[Subset | None] | None = None
+    ) -> Iterator[list[str]]:
         """Submit prompts under fresh names; what has not ended when the block is left is aborted."""
         names = [str(self._requests + number) for number in range(len(prompts))]
         self._requests += len(prompts)
         try:
             with _as_leap_errors(self.model):
-                for name, ids in zip(names, prompts, strict=True):
-                    self._llm.llm_engine.add_request(name, {"prompt_token_ids": list(ids)}, params.clone())
+                for place, (name, ids) in enumerate(zip(names, prompts, strict=True)):
+                    prompt: dict[str, Any] = {"prompt_token_ids": list(ids)}
+                    own = params.clone()
+                    if subsets is not None and (subset := subsets[place]) is not None:
+                        own.extra_args = {"leap_plan": subset.slot}
+                        if subset.salt is not None:
+                            prompt["cache_salt"] = subset.salt
+                    self._llm.llm_engine.add_request(name, prompt, own)
             yield names
         except BaseException:
             self._llm.llm_engine.abort_request(names)
             raise
+
+
+def _score_of(start: int, whole: Sequence[int], result: Any) -> Score:
+    """Sum the logprobs of whole[start:]. Nothing precedes the very first token, so it has no likelihood."""
+    places = range(max(1, start), len(whole))
+    return Score(sum(result.prompt_logprobs[at][whole[at]].logprob for at in places), len(places))
 
 
 def _prepare_environment(kv_cache_gib: float, tensor_parallel_size: int, quiet: bool) -> None:

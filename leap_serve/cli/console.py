@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from leap_serve.engine import Progress
 
@@ -11,6 +11,13 @@ from leap_serve.engine import Progress
 @contextlib.contextmanager
 def progress_bar(label: str) -> Iterator[Progress]:
     """Yield a (done, total) callback that drives a bar with an ETA; silent where stderr is no terminal."""
+    with noted_bar(label) as noted:
+        yield lambda done, total: noted(done, total, "")
+
+
+@contextlib.contextmanager
+def noted_bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Yield a (done, total, note) callback like :func:`progress_bar`'s; the note stands behind the label."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -19,7 +26,9 @@ def progress_bar(label: str) -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda done, total, note: bar.update(
+            task, completed=done, total=total, description=f"{label} {note}".rstrip()
+        )
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

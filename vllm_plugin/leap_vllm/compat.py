@@ -14,6 +14,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from leap_serve.errors import UnsupportedError
@@ -39,6 +40,13 @@ PROBES: Mapping[str, tuple[str, ...]] = {
     "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.load_model": ("vllm_config", "model_config"),
 }  # fmt: skip
 """Callable in vLLM → parameters that we rely on."""
+SUBSET_PROBES: Mapping[str, tuple[str, ...]] = {
+    f"{_MOE}.router.base_router:BaseRouter._compute_routing": (
+        "hidden_states", "router_logits", "indices_type", "input_ids",
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs": ("scheduler_output", "num_scheduled_tokens"),
+}  # fmt: skip
+"""The same, for plans that share a running engine."""
 
 
 # Versions ---------------------------------------------------------------------------------------
@@ -181,7 +189,7 @@ def check_observable(name: str, runner: Any) -> None:
     if config.dp_size > 1 or config.ep_size > 1 or config.is_sequence_parallel:
         raise UnsupportedError(
             name, f"data parallel {config.dp_size}, expert parallel {config.ep_size}",
-            "profile with tensor parallelism only",
+            "use tensor parallelism only",
         )  # fmt: skip
 
 
@@ -207,6 +215,118 @@ def reduced_experts(
     if runner.moe_config.tp_size > 1 and not runner._fused_output_is_reduced:
         out = tensor_model_parallel_all_reduce(out)
     return out
+
+
+# Routing requests by their own plans ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Choosing:
+    """How a router of vLLM chooses.
+
+    Args:
+        top_k: experts per token.
+        renormalise: the weights of the chosen experts are made to sum to ``scale``.
+        biased: the choice does not follow the logits alone (a correction bias, or groups).
+        scoring: "softmax" or "sigmoid".
+        bias: correction bias [E], or None.
+        groups, chosen_groups: of group-limited routing; 1 without.
+        scale: factor on the weights that the router itself applies.
+    """
+
+    top_k: int
+    renormalise: bool
+    biased: bool = False
+    scoring: str = "softmax"
+    bias: torch.Tensor | None = None
+    groups: int = 1
+    chosen_groups: int = 1
+    scale: float = 1.0
+
+
+def choosing(name: str, runner: Any) -> Choosing:
+    """Read how an MoE layer's router chooses; raise UnsupportedError where a mask would not do what a cut does."""
+    check_observable(name, runner)
+    router = runner.router
+    kind, scoring = type(router).__name__, getattr(router, "scoring_func", "softmax")
+    custom = getattr(router, "custom_routing_function", None)
+    known = kind in ("CPURouter", "FusedTopKRouter", "CustomRoutingRouter", "GroupedTopKRouter", "FusedTopKBiasRouter")
+    if (
+        not known
+        or scoring not in ("softmax", "sigmoid")
+        or getattr(custom, "__qualname__", None) not in (None, "Llama4MoE.custom_routing_function")
+        or bool(getattr(router, "num_fused_shared_experts", 0))
+        or getattr(router, "_hash_indices_table", None) is not None
+    ):
+        raise UnsupportedError(
+            name, f"its router ({kind}, {scoring}) cannot be masked per request", "cut the model to each plan instead"
+        )
+    grouped = kind == "GroupedTopKRouter" or bool(getattr(router, "use_grouped_topk", False))
+    bias = getattr(router, "e_score_correction_bias", None)
+    return Choosing(
+        top_k=router.top_k, renormalise=bool(router.renormalize),
+        biased=grouped or bias is not None, scoring=scoring, bias=bias,
+        groups=router.num_expert_group if grouped else 1, chosen_groups=router.topk_group if grouped else 1,
+        scale=float(getattr(router, "routed_scaling_factor", 1.0)),
+    )  # fmt: skip
+
+
+def check_subset_runner(runner: Any) -> None:
+    """Raise UnsupportedError unless tokens of this model runner can be told apart by request, in every step."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    if not isinstance(runner, GPUModelRunner):
+        raise UnsupportedError(
+            "plans", "vLLM's V2 model runner prepares its batches otherwise", "set VLLM_USE_V2_MODEL_RUNNER=0"
+        )
+    if not runner.model_config.enforce_eager:
+        raise UnsupportedError("plans", "the engine runs compiled graphs", "open it with enforce_eager=True")
+    if runner.parallel_config.use_ubatching:
+        raise UnsupportedError("plans", "micro-batches overlap (DBO)", "start the engine without enable_dbo")
+    if runner.speculative_config is not None:
+        raise UnsupportedError("plans", "tokens are drafted by another model", "start without speculative decoding")
+    check_signatures(SUBSET_PROBES)
+
+
+def batch_slots(runner: Any, scheduler_output: Any, key: str) -> list[tuple[int, int]]:
+    """Return (value of ``key`` in extra_args or 0, tokens in this step) of each request, in the batch's order."""
+    tokens = scheduler_output.num_scheduled_tokens
+    found = []
+    for request in runner.input_batch.req_ids:
+        params = runner.requests[request].sampling_params
+        extra = (params.extra_args if params is not None else None) or {}
+        found.append((int(extra.get(key, 0)), int(tokens[request])))
+    return found
+
+
+def check_shrinkable(name: str, runner: Any) -> None:
+    """Raise UnsupportedError unless all of an MoE layer's parameters are plain tensors with one row per expert."""
+    experts = runner.routed_experts
+    method = type(experts.quant_method).__name__
+    odd = [key for key, value in experts.named_parameters() if value.shape[0] != experts.global_num_experts]
+    if method != "UnquantizedFusedMoEMethod" or odd:
+        raise UnsupportedError(
+            name, f"its experts ({method}{', ' if odd else ''}{', '.join(odd)}) cannot be taken out of a running engine",
+            "cut the checkpoint and load it",
+        )  # fmt: skip
+
+
+def sizes_of(runner: Any, num_experts: int, top_k: int) -> list[tuple[Any, str, int]]:
+    """Return (object, attribute, value) of everything in an MoE layer that holds its expert count or top_k."""
+    router, experts, config = runner.router, runner.routed_experts, runner.moe_config
+    return [
+        (router, "global_num_experts", num_experts), (router, "top_k", top_k),
+        (experts, "global_num_experts", num_experts), (experts, "local_num_experts", num_experts),
+        (experts, "top_k", top_k), (config, "num_experts", num_experts), (config, "num_local_experts", num_experts),
+        (config, "experts_per_token", top_k),
+    ]  # fmt: skip
+
+
+def replace_method(owner: Any, name: str, method: Callable[..., Any]) -> Callable[[], None]:
+    """Give one object a method of its own; returns what takes it away, or brings back the one it had."""
+    before = vars(owner).get(name)
+    setattr(owner, name, method)
+    return lambda: delattr(owner, name) if before is None else setattr(owner, name, before)
 
 
 def packed_elements(model: nn.Module) -> int:

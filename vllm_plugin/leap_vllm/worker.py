@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from leap_vllm import compat
 from leap_vllm.profiling import Recording
+from leap_vllm.shrink import Shrunk
+from leap_vllm.subsets import PlainPlan, Subsets
 
 
 class LeapWorker:
@@ -16,6 +19,8 @@ class LeapWorker:
 
     model_runner: Any
     leap_recording: Recording | None = None
+    leap_subsets: Subsets | None = None
+    leap_shrunk: Shrunk | None = None
 
     def leap_memory(self) -> dict[str, int]:
         """Return bytes: {"weights": parameters, "kv_cache": cache, "peak": peak GPU memory, or resident set on CPU}."""
@@ -46,6 +51,30 @@ class LeapWorker:
         if self.leap_recording is not None:
             self.leap_recording.remove()
             self.leap_recording = None
+
+    def leap_load_plans(self, plans: Sequence[PlainPlan]) -> None:
+        """Load plans into slots 1, 2, …, hooking the routers on first use; UnsupportedError where that cannot be."""
+        if self.leap_subsets is None:
+            self.leap_subsets = Subsets(self.model_runner)
+        self.leap_subsets.load(plans)
+
+    def leap_remove_plans(self) -> None:
+        """Take the hooks off; harmless without any."""
+        if self.leap_subsets is not None:
+            self.leap_subsets.remove()
+            self.leap_subsets = None
+
+    def leap_apply(self, plan: PlainPlan) -> None:
+        """Shrink the layers to a plan, in place of one before; UnsupportedError where that cannot be."""
+        self.leap_remove_plans()
+        self.leap_restore()
+        self.leap_shrunk = Shrunk(self.model_runner, plan)
+
+    def leap_restore(self) -> None:
+        """Make the layers whole again; harmless when they are."""
+        if self.leap_shrunk is not None:
+            self.leap_shrunk.restore()
+            self.leap_shrunk = None
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -1,0 +1,224 @@
+"""The pruning agent against an exact oracle: its distribution, its search, its state on disk, and the controls."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from leap_serve.errors import CheckpointError, LeapError, UsageError
+from leap_serve.plan import Plan
+from leap_training.controls import SEARCHES
+from leap_training.pruning_agent import Agent, AgentConfig, search
+from leap_training.pruning_policy import Episodes
+from leap_training.pruning_space import Ledger, Reward
+from leap_training.saliency import Routing, allocate, scores
+from pruning_oracle import EXPERTS, KEEP, LAYERS, Oracle, all_subsets, ledger, profile
+
+PROFILE = profile()
+SCORES = scores(PROFILE, "reap")
+QUICK = AgentConfig(episodes=120, batch=12, patience=0)
+
+
+def agent(allocation: str = "uniform", oracle: Oracle | None = None, config: AgentConfig = QUICK) -> Agent:
+    return Agent(PROFILE, SCORES, ledger(oracle or Oracle(), allocation), config)
+
+
+def stirred(allocation: str) -> Agent:
+    """An agent whose every weight matters."""
+    made = agent(allocation)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in made.policy.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return made
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_draws_follow_the_log_probabilities(allocation: str) -> None:
+    made = stirred(allocation)
+    picks = made.policy.draw(20_000, torch.Generator().manual_seed(0))
+    distribution = Episodes(made.policy, picks[:2000])
+    total = distribution.logprobs.exp().sum(-1)
+    torch.testing.assert_close(total, torch.ones_like(total))
+    # Importance weights of a uniform-by-pick draw average to 1 only if sampling and log_prob are the same policy.
+    first = picks[:, 0]
+    logprob = Episodes(made.policy, picks[:1]).logprobs[0, 0].exp()
+    seen = torch.bincount(made.policy.candidate(first), minlength=len(logprob)) / len(first)
+    torch.testing.assert_close(seen, logprob, atol=0.015, rtol=0)
+    # The same of a later pick, among the episodes that share what was picked before it.
+    prefix, step = picks[picks[:, :2].eq(picks[:, :2].mode(0).values).all(1)], 2
+    logprob = Episodes(made.policy, prefix[:1]).logprobs[0, step].exp()
+    seen = torch.bincount(made.policy.candidate(prefix[:, step]), minlength=len(logprob)) / len(prefix)
+    torch.testing.assert_close(seen, logprob, atol=4 / math.sqrt(len(prefix)), rtol=0)
+    legal = {subset.tobytes() for subset in all_subsets(made.space)}
+    assert {subset.tobytes() for subset in made.subsets(picks[:500])} <= legal
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_the_search_begins_at_the_ranking(allocation: str) -> None:
+    made = agent(allocation)
+    plan = allocate(SCORES, Routing.of(PROFILE), experts=KEEP, allocation=allocation)
+    (mode,) = made.subsets(made.policy.draw(1, None))
+    if allocation == "uniform":
+        np.testing.assert_array_equal(mode, made.space.best_of(SCORES))
+    assert made.space.plan(made.space.best_of(SCORES)).fingerprint == plan.fingerprint
+    made.step()
+    assert next(iter(made.ledger.rewards)) == made.space.best_of(SCORES).tobytes()
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_agent_comes_close_to_the_best_of_all_subsets(allocation: str, seed: int) -> None:
+    oracle = Oracle(seed=seed)
+    book = ledger(oracle, allocation)
+    losses = sorted(oracle.loss(subset) for subset in all_subsets(book.space))
+    found = search(PROFILE, SCORES, book, AgentConfig(episodes=120, batch=12, seed=seed))
+    rank = int(np.searchsorted(losses, found.loss - 1e-9))
+    # A third of the uniform subsets, a seventh of the global ones, are evaluated at all.
+    assert rank < 0.01 * len(losses) + 1, f"rank {rank} of {len(losses)}"
+    assert found.loss == pytest.approx(oracle.loss(found_subset(found.plan)))
+
+
+def found_subset(plan: Plan) -> np.ndarray:
+    chosen = np.zeros((LAYERS, EXPERTS), bool)
+    for row, layer in enumerate(plan.layers.values()):
+        chosen[row, list(layer.retained)] = True
+    return chosen
+
+
+def test_evaluations_are_counted_once_in_whole_batches_and_never_exceed_the_limit() -> None:
+    oracle = Oracle()
+    found = search(PROFILE, SCORES, ledger(oracle), AgentConfig(episodes=50, batch=16))
+    assert found.evaluations == oracle.asked == sum(oracle.calls) == len(found.curve) == 50
+    assert 1 < len(oracle.calls) <= len(found.history) and max(oracle.calls) <= 16
+    assert list(found.curve) == sorted(found.curve) and found.reward == found.curve[-1]
+
+
+def test_a_search_ends_on_a_plateau() -> None:
+    found = search(PROFILE, SCORES, ledger(Oracle()), AgentConfig(episodes=400, batch=16, patience=3))
+    assert found.evaluations < 400 and len(set(found.curve[-3:])) == 1
+
+
+def test_a_space_smaller_than_the_budget_is_searched_to_its_end() -> None:
+    book = ledger(Oracle(), experts=EXPERTS)
+    assert search(PROFILE, SCORES, book, AgentConfig(episodes=50)).evaluations == 1
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+class Mortal(Oracle):
+    """An oracle that dies at its n-th call."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self.left = calls
+
+    def __call__(self, plans: Sequence[Plan]) -> list[float]:
+        if not self.left:
+            raise Killed
+        self.left -= 1
+        return super().__call__(plans)
+
+
+@pytest.mark.parametrize("calls", [1, 4])
+def test_a_resumed_search_gives_the_same_result(tmp_path: Path, calls: int) -> None:
+    whole = search(PROFILE, SCORES, ledger(Oracle()), QUICK, save_policy=tmp_path / "whole.safetensors")
+    with pytest.raises(Killed):
+        search(PROFILE, SCORES, ledger(Mortal(calls)), QUICK, state=tmp_path / "state")
+    oracle = Oracle()
+    again = search(
+        PROFILE, SCORES, ledger(oracle), QUICK, state=tmp_path / "state", save_policy=tmp_path / "again.safetensors"
+    )
+    assert again.curve == whole.curve and again.plan.fingerprint == whole.plan.fingerprint
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert oracle.asked < whole.evaluations
+    # Finished: asks nothing more.
+    done = Oracle()
+    assert search(PROFILE, SCORES, ledger(done), QUICK, state=tmp_path / "state").curve == whole.curve
+    assert done.asked == 0
+
+
+def test_state_of_another_search_is_refused_and_left_alone(tmp_path: Path) -> None:
+    search(PROFILE, SCORES, ledger(Oracle()), QUICK, state=tmp_path, data_sha256="a")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other_prior = scores(PROFILE, "frequency")
+    with pytest.raises(UsageError, match="settings"):
+        search(PROFILE, SCORES, ledger(Oracle()), AgentConfig(episodes=121), state=tmp_path, data_sha256="a")
+    with pytest.raises(UsageError, match="search_data"):
+        search(PROFILE, SCORES, ledger(Oracle()), QUICK, state=tmp_path, data_sha256="b")
+    with pytest.raises(UsageError, match="prior"):
+        search(PROFILE, other_prior, ledger(Oracle()), QUICK, state=tmp_path, data_sha256="a")
+    with pytest.raises(UsageError, match="reward"):
+        book = ledger(Oracle(), reward=Reward(alpha=2.0))
+        search(PROFILE, SCORES, book, QUICK, state=tmp_path, data_sha256="a")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_damaged_state_is_refused(tmp_path: Path) -> None:
+    search(PROFILE, SCORES, ledger(Oracle()), QUICK, state=tmp_path)
+    (tensors,) = tmp_path.glob("search-*.safetensors")
+    content = tensors.read_bytes()
+    tensors.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="is not the file"):
+        search(PROFILE, SCORES, ledger(Oracle()), QUICK, state=tmp_path)
+    header = tmp_path / "search.json"
+    header.write_text(header.read_text()[:-20])
+    with pytest.raises(CheckpointError, match="JSON"):
+        search(PROFILE, SCORES, ledger(Oracle()), QUICK, state=tmp_path)
+
+
+def test_shared_weights_carry_over_to_another_budget(tmp_path: Path) -> None:
+    path = tmp_path / "policy.safetensors"
+    search(PROFILE, SCORES, ledger(Oracle()), QUICK, save_policy=path)
+    warm = Agent(PROFILE, SCORES, ledger(Oracle(), "global", experts=2), QUICK)
+    cold = warm.policy.static().detach().clone()
+    warm.warm_start(path)
+    assert not torch.equal(warm.policy.static(), cold) and not warm.policy.offset.any()
+    search(PROFILE, SCORES, ledger(Oracle(), "global", experts=2), AgentConfig(episodes=20), warm=path)
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(CheckpointError):
+        warm.warm_start(path)
+
+
+def test_the_reward_weighs_quality_size_and_latency() -> None:
+    oracle = Oracle()
+    book = Ledger(oracle, ledger(oracle).space, Reward(2.0, 0.5, 0.25), latency=lambda plan: 0.8)
+    chosen = book.space.best_of(SCORES)
+    expected = 2 / (1 + oracle.loss(chosen)) - 0.5 * KEEP / EXPERTS - 0.25 * 0.8
+    assert book([chosen]) == [pytest.approx(expected)]
+
+
+def test_losses_that_are_no_numbers_are_refused() -> None:
+    space = ledger(Oracle()).space
+    for answer in ([math.nan], [], [1.0, 2.0]):
+        with pytest.raises(LeapError, match="score_plans"):
+            Ledger(lambda plans, answer=answer: answer, space)([space.best_of(SCORES)])  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("name", "allocation"), list(itertools.product(SEARCHES, ["uniform", "global"])))
+def test_controls_spend_what_they_are_given_on_legal_plans(name: str, allocation: str) -> None:
+    oracle = Oracle()
+    book = ledger(oracle, allocation)
+    SEARCHES[name](book, SCORES, 60, 0)
+    legal = {subset.tobytes() for subset in all_subsets(book.space)}
+    assert oracle.asked == book.evaluations == 60 and set(book.losses) <= legal
+    if name != "random-search":
+        assert next(iter(book.losses)) == book.space.best_of(SCORES).tobytes()
+        assert book.best()[2] < oracle.loss(book.space.best_of(SCORES))
+
+
+def test_the_plan_says_what_made_it(tmp_path: Path) -> None:
+    found = search(PROFILE, SCORES, ledger(Oracle()), QUICK, data_sha256="c" * 64, task="toy-gsm")
+    found.plan.save(tmp_path / "plan.json")
+    made = json.loads((tmp_path / "plan.json").read_text())["made_by"]
+    assert made["method"] == "leap" and made["evaluations"] == 120 and made["task"] == "toy-gsm"
+    assert Plan.load(tmp_path / "plan.json").fingerprint == found.plan.fingerprint
