@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SCRIPTS = ("bench_tiny.py", "bench_parity.py", "bench_cut.py", "bench_batch.py", "bench_plugin.py")
+SCRIPTS = ("bench_tiny.py", "bench_parity.py", "bench_cut.py", "bench_batch.py", "bench_plugin.py", "bench_subsets.py")
 
 
 def main() -> int:
