@@ -10,6 +10,7 @@ import pytest
 
 from families import make_checkpoint
 from leap_serve.bench import compare, turns
+from leap_serve.cli.bench import default_results
 from leap_serve.engine import RequestTiming
 from leap_serve.errors import LeapError, UsageError
 from leap_serve.measure import LATENCY_METRICS, ratio, sample, summary
@@ -144,3 +145,14 @@ def test_vocabulary_leaves_special_tokens_out(tmp_path: Path) -> None:
     assert vocabulary_of(folder) == list(range(3, 160))  # pad, bos and eos by config.json
     add_tokenizer(folder)
     assert vocabulary_of(folder) == list(range(4, 104))  # <unk> and ids without a token too
+
+
+def test_rows_go_to_the_checkout_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout = tmp_path / "checkout"
+    (checkout / "bench" / "results").mkdir(parents=True)
+    (checkout / "leap_serve").mkdir()
+    (checkout / "leap_serve" / "bench.py").touch()
+    monkeypatch.chdir(checkout / "bench")
+    assert default_results() == checkout / "bench" / "results" / "bench.jsonl"
+    monkeypatch.chdir(tmp_path)
+    assert default_results() is None
