@@ -319,4 +319,7 @@ def _uvicorn_settings(api: Namespace, args: Namespace) -> dict[str, Any]:
         "log_level": args.uvicorn_log_level,
         "access_log": not args.disable_uvicorn_access_log,
         "timeout_keep_alive": api.envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+        # By then the engine is gone (it drains first, if --shutdown-timeout says so), and a stream whose
+        # abort got lost would keep uvicorn waiting for ever.
+        "timeout_graceful_shutdown": 3,
     }
