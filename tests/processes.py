@@ -6,8 +6,11 @@ import socket
 import time
 from pathlib import Path
 
-SERVER_ENV = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
-"""For every server that a test starts: no usage reports, a small KV cache, no threads that wait for each other."""
+SERVER_ENV = {
+    "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "INFO",
+}  # fmt: skip
+"""For every server that a test starts: no usage reports, a small KV cache, no threads that wait for each other, and the
+log level that an engine opened in the test process may have lowered."""
 
 
 def children_of(pid: int) -> set[int]:
