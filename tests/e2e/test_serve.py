@@ -117,6 +117,9 @@ def test_an_uneven_cut_behind_a_key_until_sigterm(uneven_cut: Path) -> None:
         assert told["plan"]["retained"] == {str(i): list(layer.retained) for i, layer in plan.layers.items()}
         assert told["provenance"] == dict(plan.made_by)
         assert "sk-right" not in json.dumps(told)
+        # The engine's first request, and a short one: without AMX permission it would be its last.
+        answer = client_of(server, "sk-right").completions.create(model="leap-tiny-uneven", prompt="1", max_tokens=4)
+        assert answer.usage is not None and answer.usage.prompt_tokens < 5
         with pytest.raises(openai.AuthenticationError):
             client_of(server, "sk-wrong").models.list()
         answer = client_of(server, "sk-right").completions.create(

@@ -2,7 +2,7 @@
 
 How it works, in ten lines. vLLM calls ``register`` in each of its processes; it names one architecture
 per MoE family (``LeapQwen3MoeForCausalLM``, …) and the load format ``leap``, and patches nothing: stock
-models run exactly as without it. A ``Leap…`` class (models.py) is the stock class plus a mixin. The mixin
+models run exactly as without it (but that a CPU's AMX tiles are asked for before they are used). A ``Leap…`` class (models.py) is the stock class plus a mixin. The mixin
 reads the plan from leap.json beside the weights and refuses what contradicts it (loader.py). While the
 stock ``__init__`` runs, decoder layer l is built with the config's expert count and top_k set to l's own
 (layers.py), so that routers, experts and kernels get their true sizes and no vLLM code is copied.
@@ -33,6 +33,7 @@ def register() -> None:
     except LeapError as error:
         logging.getLogger("vllm.leap").error("the leap plugin stays off: %s", error)
         return
+    compat.allow_amx()
     for family in served_families():
         name = family.leap_architecture
         compat.register_model(family.architecture, name, f"leap_vllm.models:{name}")

@@ -124,6 +124,18 @@ def register_loader(load_format: str, path: str) -> None:
         model_loader.register_model_loader(load_format)(getattr(importlib.import_module(module), name))
 
 
+def allow_amx() -> None:
+    """Ask Linux for this process's AMX tiles, where the CPU has them.
+
+    vLLM's CPU attention uses the tiles without asking. Elsewhere oneDNN asks, but only with the first matrix
+    product of five rows or more: an engine whose first prompt is shorter died of SIGILL.
+    """
+    import torch
+
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
+
+
 # Building layers --------------------------------------------------------------------------------
 
 
