@@ -37,6 +37,11 @@ class Score:
         return -self.logprob / max(1, self.tokens)
 
 
+def mean_loss(scores: Sequence[Score]) -> float:
+    """Mean negative log-likelihood per answer token over all items together, in nats."""
+    return -sum(score.logprob for score in scores) / max(1, sum(score.tokens for score in scores))
+
+
 @dataclass(frozen=True, slots=True)
 class RequestTiming:
     """When the output tokens of one request arrived, in seconds after the batch was submitted."""

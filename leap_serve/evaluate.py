@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from leap_serve.engine import Engine, Progress
+from leap_serve.engine import Engine, Progress, mean_loss
 from leap_serve.tasks.base import Item, Task
 
 
@@ -30,6 +30,5 @@ def evaluate(engine: Engine, task: Task, items: Sequence[Item], progress: Progre
     """Generate greedily, score with the task's metric, and measure the teacher-forced loss."""
     completions = engine.generate([i.prompt for i in items], task.max_tokens, stop=task.stop, progress=progress)
     per_item = task.score(items, [completion.text for completion in completions])
-    scores = engine.score(items)
-    loss = -sum(s.logprob for s in scores) / max(1, sum(s.tokens for s in scores))
+    loss = mean_loss(engine.score(items))
     return Evaluation(task.name, task.metric, sum(per_item) / len(per_item), loss, tuple(per_item))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from leap_serve.engine import Engine
+from leap_serve.engine import Engine, mean_loss
 from leap_serve.errors import LeapError, UnsupportedError, UsageError
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.provenance import made_by
@@ -29,8 +29,7 @@ def engine_evaluator(engine: Engine, items: Sequence[Item]) -> Evaluator:
     """Losses by the engine's score_plans over these items, per answer token."""
 
     def evaluate(plans: Sequence[Plan]) -> list[float]:
-        by_plan = engine.score_plans(plans, items)
-        return [-sum(s.logprob for s in scores) / max(1, sum(s.tokens for s in scores)) for scores in by_plan]
+        return [mean_loss(scores) for scores in engine.score_plans(plans, items)]
 
     return evaluate
 
