@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from leap_serve.cli.console import progress_bar, table
+from leap_serve.cli.engines import open_engine
 from leap_serve.errors import UsageError
 from leap_serve.evaluate import evaluate
 from leap_serve.tasks.registry import TASKS, load_task
@@ -27,11 +28,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.limit < 1:
         raise UsageError("--limit", f"must be at least 1, got {args.limit}", "give a positive number of items")
     tasks = [load_task(name) for name in dict.fromkeys(args.task)]
-    if args.engine == "vllm":
-        from leap_serve.vllm_engine import VllmEngine as EngineClass
-    else:
-        from leap_serve.torch_engine import TorchEngine as EngineClass  # type: ignore[assignment, unused-ignore]
-    engine = EngineClass(args.model, dtype=args.dtype)
+    engine = open_engine(args.engine, args.model, args.dtype)
     results: dict[str, Any] = {}
     try:
         for task in tasks:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_serve.cli.console import progress_bar, table
+from leap_serve.cli.engines import open_engine
 from leap_serve.errors import UsageError
 from leap_serve.files import new_folder
 from leap_serve.profile import Profile
@@ -70,11 +71,7 @@ def _items(args: argparse.Namespace) -> list[Item]:
 
 
 def _profile(args: argparse.Namespace, items: list[Item]) -> Profile:
-    if args.engine == "vllm":
-        from leap_serve.vllm_engine import VllmEngine as EngineClass
-    else:
-        from leap_serve.torch_engine import TorchEngine as EngineClass  # type: ignore[assignment, unused-ignore]
-    engine = EngineClass(args.model, dtype=args.dtype)
+    engine = open_engine(args.engine, args.model, args.dtype)
     try:
         with progress_bar("profile") as progress:
             return engine.profile(items, progress)

@@ -9,6 +9,7 @@ from typing import Any
 
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli.console import noted_bar, say, table
+from leap_serve.cli.engines import open_engine
 from leap_serve.encoding import items_sha256
 from leap_serve.errors import UsageError
 from leap_serve.plan import Plan
@@ -111,11 +112,7 @@ def _searched(args: argparse.Namespace, profile: Profile | Checkpoint) -> tuple[
         Routing.of(profile), experts=args.experts, budget=args.budget, allocation=args.allocation, top_k=args.top_k,
         temperature=args.temperature,
     )  # fmt: skip
-    if args.engine == "vllm":
-        from leap_serve.vllm_engine import VllmEngine as EngineClass
-    else:
-        from leap_serve.torch_engine import TorchEngine as EngineClass  # type: ignore[assignment, unused-ignore]
-    engine = EngineClass(args.model or profile.made_by.get("model") or profile.base.id, dtype=args.dtype)
+    engine = open_engine(args.engine, args.model or profile.made_by.get("model") or profile.base.id, args.dtype)
     record = {"task": args.task, "seed": args.seed, "profile_data_sha256": profile.data_sha256, "notices": []}
     try:
         ledger = Ledger(engine_evaluator(engine, items), space)
