@@ -42,6 +42,12 @@ class Task(Protocol):
         ...
 
 
+def fingerprint(item: Item) -> str:
+    """Identify an item by prompt and answer, whatever their case and white space: 32 hex digits of SHA-256."""
+    plain = "\x00".join(" ".join(text.casefold().split()) for text in (item.prompt, item.answer))
+    return hashlib.sha256(plain.encode()).hexdigest()[:32]
+
+
 def split_of(text: str) -> Split:
     """Assign a generated text to a split by its hash: 8 of 10 train, 1 validation, 1 test.
 
