@@ -11,7 +11,8 @@ from leap_serve.errors import UnsupportedError
 
 pytestmark = pytest.mark.e2e
 E, K, T = 12, 4, 96
-PLANS: list[tuple[list[int], int, float]] = [
+Plans = list[tuple[list[int], int, float]]
+PLANS: Plans = [
     ([0, 1, 4, 5, 8, 9], 4, 1.0),
     ([2, 3, 6, 7, 10, 11], 2, 0.6),
     ([0, 3, 4, 7, 8, 11], 1, 1.7),
@@ -62,6 +63,24 @@ def choosing_of(router: Any) -> Any:
     return compat.choosing("layer 0", layer)
 
 
+def table_of(plans: Plans, fixed: bool = False) -> Any:
+    """A layer's table with plans in its slots 1, 2, …"""
+    from leap_vllm.subsets import LayerTable
+
+    table = LayerTable(E, K, torch.device("cpu"), fixed=fixed)
+    table.load(plans)
+    return table
+
+
+def routed(router: Any, table: Any, slots: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and ids [T, K] of logits routed by the plans in slots."""
+    from leap_vllm.subsets import route
+
+    return route(
+        table, slots, logits, choosing_of(router), lambda z: router._compute_routing(z, z, None, input_ids=None)
+    )
+
+
 def dense(weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Spread [T, K] over [T, E] in float64, so that the order of the slots does not count."""
     return torch.zeros(ids.shape[0], E, dtype=torch.float64).scatter_add_(1, ids.long(), weights.double())
@@ -91,46 +110,67 @@ def logits() -> torch.Tensor:
     return torch.randn(T, E, generator=torch.Generator().manual_seed(0)) * 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_token_is_routed_as_in_its_own_cut(kind: str, logits: torch.Tensor) -> None:
-    from leap_vllm.subsets import LayerTable, route
+WHOLE: Plans = [(list(range(E)), K, 1.0)]
 
-    router = router_of(kind)
-    table = LayerTable(PLANS, E, K, logits.device)
-    slots = torch.arange(T) % 4
-    weights, ids = route(
-        table, slots, logits, choosing_of(router), lambda z: router._compute_routing(z, z, None, input_ids=None)
-    )
+
+def cuts(kind: str, logits: torch.Tensor, slots: torch.Tensor, plans: Plans) -> torch.Tensor:
+    """What each token's own cut would do; dense [T, E]."""
+    every = WHOLE + plans
+    return torch.stack([by_cutting(kind, z, *every[slot]) for z, slot in zip(logits, slots.tolist(), strict=True)])
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["eager", "fixed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_token_is_routed_as_in_its_own_cut(kind: str, fixed: bool, logits: torch.Tensor) -> None:
+    router, slots = router_of(kind), torch.arange(T) % 4
+    weights, ids = routed(router, table_of(PLANS, fixed), slots, logits)
     assert weights.shape == ids.shape == (T, K)
     found = dense(weights, ids)
-    whole = [(list(range(E)), K, 1.0), *PLANS]
-    expected = torch.stack([by_cutting(kind, z, *whole[slot]) for z, slot in zip(logits, slots.tolist(), strict=True)])
-    assert (found - expected).abs().max() < 1e-5
+    assert (found - cuts(kind, logits, slots, PLANS)).abs().max() < 1e-5
     stock = dense(*router._compute_routing(logits, logits, None, input_ids=None))
     assert (found - stock)[slots == 0].abs().max() < 1e-6, "slot 0 is the stock routing"
     assert all((found - stock)[slots == slot].abs().max() > 1e-2 for slot in (1, 2, 3))
 
 
-def test_fewer_retained_than_the_router_s_slots(logits: torch.Tensor) -> None:
-    """A plan may retain fewer experts than the model's top_k: the slots left over must weigh nothing."""
-    from leap_vllm.subsets import LayerTable, route
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_slot_for_all_tokens(kind: str, logits: torch.Tensor) -> None:
+    """A step whose requests share a plan names its slot once."""
+    router, table = router_of(kind), table_of(PLANS)
+    for slot in range(4):
+        once = dense(*routed(router, table, torch.tensor([slot]), logits))
+        assert torch.equal(once, dense(*routed(router, table, torch.full((T,), slot), logits)))
 
-    lone = [([5], 1, 1.0), ([2, 9], 2, 0.5)]
-    for kind in ("softmax", "renormalised", "sigmoid", "bias"):
-        router = router_of(kind)
-        found = dense(
-            *route(
-                LayerTable(lone, E, K, logits.device), torch.arange(T) % 2 + 1, logits, choosing_of(router),
-                lambda z, r=router: r._compute_routing(z, z, None, input_ids=None),
-            )
-        )  # fmt: skip
-        expected = torch.stack([by_cutting(kind, z, *lone[at % 2]) for at, z in enumerate(logits)])
-        assert found.isfinite().all() and (found - expected).abs().max() < 1e-5, kind
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recorded_step_follows_what_is_written_into_the_tables(kind: str, logits: torch.Tensor) -> None:
+    """As a CUDA graph does, a trace keeps the operations and the tensors of one step, and nothing of its Python."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    router, table = router_of(kind), table_of([], fixed=True)
+    slots = torch.zeros(T, dtype=torch.long)
+    recorded = make_fx(lambda z: routed(router, table, slots, z))(logits)
+    stock = dense(*router._compute_routing(logits, logits, None, input_ids=None))
+    assert (dense(*recorded(logits)) - stock).abs().max() < 1e-6, "recorded before any plan was there"
+    for plans in (PLANS, PLANS[::-1], [([0, 2, 5, 6, 9, 10], 1, 1.0)]):
+        table.load(plans)
+        slots.copy_(torch.arange(T) % (len(plans) + 1))
+        other = logits.flip(0)
+        assert (dense(*recorded(other)) - cuts(kind, other, slots, plans)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["eager", "fixed"])
+@pytest.mark.parametrize("kind", ["softmax", "renormalised", "sigmoid", "bias"])
+def test_fewer_retained_than_the_router_s_slots(kind: str, fixed: bool, logits: torch.Tensor) -> None:
+    """A plan may retain fewer experts than the model's top_k: the slots left over must weigh nothing."""
+    lone: Plans = [([5], 1, 1.0), ([2, 9], 2, 0.5)]
+    slots = torch.arange(T) % 2 + 1
+    found = dense(*routed(router_of(kind), table_of(lone, fixed), slots, logits))
+    assert found.isfinite().all() and (found - cuts(kind, logits, slots, lone)).abs().max() < 1e-5
 
 
 def test_bf16_logits_without_temperature_stay_bf16(logits: torch.Tensor) -> None:
     """The cut's router gets bf16 logits; so must the masked one, or ties would fall otherwise."""
-    from leap_vllm.subsets import LayerTable, route
+    from leap_vllm.subsets import route
 
     seen: list[torch.dtype] = []
 
@@ -140,8 +180,9 @@ def test_bf16_logits_without_temperature_stay_bf16(logits: torch.Tensor) -> None
 
     router, half = router_of("renormalised"), logits.bfloat16()
     slots = torch.ones(T, dtype=torch.long)
-    for plans in ([(PLANS[0][0], K, 1.0)], [(PLANS[0][0], K, 0.7)]):
-        route(LayerTable(plans, E, K, half.device), slots, half, choosing_of(router), stock)
+    sets: list[Plans] = [[(PLANS[0][0], K, 1.0)], [(PLANS[0][0], K, 0.7)]]
+    for plans in sets:
+        route(table_of(plans), slots, half, choosing_of(router), stock)
     assert seen == [torch.bfloat16, torch.float32]
 
 
@@ -149,10 +190,7 @@ def test_what_cannot_be_masked_is_refused() -> None:
     from types import SimpleNamespace
 
     from leap_vllm import compat
-    from leap_vllm.subsets import Subsets
 
-    with pytest.raises(UnsupportedError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
-        Subsets(SimpleNamespace())
     layer = SimpleNamespace(
         router=router_of("softmax"),
         moe_config=SimpleNamespace(dp_size=1, ep_size=1, is_sequence_parallel=False),

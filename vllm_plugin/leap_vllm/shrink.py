@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from leap_serve.errors import LeapError
-from leap_vllm import compat
+from leap_vllm import compat, compat_runners
 from leap_vllm.subsets import PlainPlan
 
 
@@ -23,7 +23,7 @@ class Shrunk:
     """A model under one plan, from construction to :meth:`restore`. Raises UnsupportedError before it touches anything."""
 
     def __init__(self, runner: Any, plan: PlainPlan) -> None:
-        compat.check_subset_runner(runner)
+        compat_runners.check_runner(runner)
         layers = compat.moe_layers(runner.get_model())
         if set(plan) != set(layers):
             raise LeapError(

@@ -15,37 +15,47 @@ import numpy as np
 import torch
 
 from leap_serve.errors import LeapError, UnsupportedError
-from leap_vllm import compat
+from leap_vllm import compat, compat_runners
 
 REQUEST_KEY = "leap_plan"
 """Key of the slot in a request's extra_args (over HTTP: vllm_xargs)."""
 PlainPlan = Mapping[int, tuple[Sequence[int], int, float]]
 """MoE layer → (retained ids, top_k, τ); plain data, since it crosses processes."""
+MAX_SLOTS = 65
+"""Plans that are loaded at one time, and slot 0."""
 
 
 class LayerTable:
-    """What C plans say of one layer: penalty [C, E] float32 (0 or −inf), top_k [C] int64, temperature [C] float32.
+    """What up to C − 1 plans say of one layer: penalty [C, E] float32 (0 or −inf), top_k [C] int64, temperature [C] float32.
+
+    The tensors are made once and written in place, since CUDA graphs remember where they lie.
 
     Args:
-        plans: (retained ids, top_k, τ) of slots 1…C−1.
         num_experts: E.
         top_k: K, that of slot 0.
         device: of the layer.
+        fixed: every step takes the same path, whatever the plans are: logits in float32, τ and top_k applied even
+            where they change nothing. Without it steps are spared what their plans do not ask for.
     """
 
-    def __init__(
-        self, plans: Sequence[tuple[Sequence[int], int, float]], num_experts: int, top_k: int, device: torch.device
-    ) -> None:
-        penalty = torch.full((len(plans) + 1, num_experts), float("-inf"))
-        penalty[0] = 0.0
-        for slot, (retained, _, _) in enumerate(plans, 1):
-            penalty[slot, list(retained)] = 0.0
-        self.penalty = penalty.to(device)
-        self.top_k = torch.tensor([top_k, *(k for _, k, _ in plans)], device=device)
-        self.temperature = torch.tensor([1.0, *(tau for _, _, tau in plans)], device=device)
+    def __init__(self, num_experts: int, top_k: int, device: torch.device, *, fixed: bool = False) -> None:
+        self.penalty = torch.zeros(MAX_SLOTS, num_experts, device=device)
+        self.top_k = torch.full((MAX_SLOTS,), top_k, dtype=torch.long, device=device)
+        self.temperature = torch.ones(MAX_SLOTS, device=device)
+        self.fixed = self.scaled = self.limited = fixed
+
+    def load(self, plans: Sequence[tuple[Sequence[int], int, float]]) -> None:
+        """Write (retained ids, top_k, τ) into slots 1, 2, …"""
+        slots = slice(1, len(plans) + 1)
+        penalty = torch.full((len(plans), self.penalty.shape[1]), float("-inf"))
+        for row, (retained, _, _) in zip(penalty, plans, strict=True):
+            row[list(retained)] = 0.0
+        self.penalty[slots] = penalty.to(self.penalty.device)
+        self.top_k[slots] = torch.tensor([k for _, k, _ in plans], dtype=torch.long, device=self.top_k.device)
+        self.temperature[slots] = torch.tensor([tau for _, _, tau in plans], device=self.temperature.device)
         # bf16 logits stay bf16 where no τ asks for more, as they do in the stock router of a cut.
-        self.scaled = any(tau != 1.0 for _, _, tau in plans)
-        self.limited = any(k < top_k for _, k, _ in plans)
+        self.scaled = self.fixed or any(tau != 1.0 for _, _, tau in plans)
+        self.limited = self.fixed or any(k < int(self.top_k[0]) for _, k, _ in plans)
 
 
 def route(
@@ -55,7 +65,7 @@ def route(
     choosing: compat.Choosing,
     stock: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Route logits [T, E] by the plans in slots [T]; returns weights and ids [T, K].
+    """Route logits [T, E] by the plans in slots [T], or [1] where all tokens share one; returns weights and ids [T, K].
 
     ``stock`` is vLLM's routing of given logits. It serves all routers whose choice follows the logits
     alone (softmax, renormalised or not, top-k before softmax, Llama-4's sigmoid): −inf is never chosen
@@ -112,52 +122,56 @@ def _biased(
 class Subsets:
     """Hooks on a runner and its model's routers, from construction to :meth:`remove`.
 
-    While no request names a slot, the stock routing runs untouched. Raises UnsupportedError, and hooks
-    nothing, where the routing of this engine cannot be taken over.
+    In an eager engine the stock routing runs untouched while no request names a slot. Where steps may be
+    replays of CUDA graphs, no Python runs in them: the graphs must be captured anew after construction and
+    removal, and then always hold the masked routing, whose slot 0 is the stock one. Raises UnsupportedError,
+    and hooks nothing, where the routing of this engine cannot be taken over.
     """
 
     def __init__(self, runner: Any) -> None:
-        compat.check_subset_runner(runner)
-        self._runner = runner
+        compat_runners.check_runner(runner)
         self.layers = compat.moe_layers(runner.get_model())
         if not self.layers:
             raise UnsupportedError("plans", "the model has no MoE layer that can be masked", "load a MoE model")
-        self._choosing = {layer: compat.choosing(f"layer {layer}", found) for layer, found in self.layers.items()}
-        self._tables: dict[int, LayerTable] = {}
+        choosing = {layer: compat.choosing(f"layer {layer}", found) for layer, found in self.layers.items()}
+        self._fixed = compat_runners.captures_graphs(runner)
+        self._tables = {
+            layer: LayerTable(found.router.global_num_experts, found.router.top_k, runner.device, fixed=self._fixed)
+            for layer, found in self.layers.items()
+        }
         self.slots = 1
-        self._active = False
+        self._active = self._fixed
         self._slot_of = torch.zeros(runner.max_num_tokens, dtype=torch.long, device=runner.device)
+        self._each_slot = torch.arange(MAX_SLOTS, device=runner.device).split(1)
+        self._shared: torch.Tensor | None = None
         self._filled = 0
-        self._undo: list[Callable[[], None]] = []
-        for layer, found in self.layers.items():
-            self._hook_router(layer, found.router)
-        self._hook_runner()
+        self._undo = [
+            self._hook_router(self._tables[layer], choosing[layer], found.router)
+            for layer, found in self.layers.items()
+        ]
+        self._undo.append(compat_runners.follow_requests(runner, self._slot_asked, self._before_step))
 
     def load(self, plans: Sequence[PlainPlan]) -> None:
         """Put plans into slots 1, 2, …, in place of those before; no request may be running."""
+        if len(plans) >= MAX_SLOTS:
+            raise LeapError("plans", f"are {len(plans)}", f"load at most {MAX_SLOTS - 1} at a time")
         for number, plan in enumerate(plans):
             if set(plan) != set(self.layers):
                 raise LeapError(
                     f"plan {number}", f"plans layers {sorted(plan)}, vLLM runs {sorted(self.layers)} here",
                     "plan every MoE layer; pipeline parallelism is not supported",
                 )  # fmt: skip
-        self._tables = {
-            layer: LayerTable(
-                [plan[layer] for plan in plans], found.router.global_num_experts, found.router.top_k,
-                self._runner.device,
-            )
-            for layer, found in self.layers.items()
-        }  # fmt: skip
+        for layer, table in self._tables.items():
+            table.load([plan[layer] for plan in plans])
         self.slots = len(plans) + 1
-        self._active = False
 
     def remove(self) -> None:
         """Put routers and runner back as they were."""
         while self._undo:
             self._undo.pop()()
 
-    def _hook_router(self, layer: int, router: Any) -> None:
-        stock, choosing = router._compute_routing, self._choosing[layer]
+    def _hook_router(self, table: LayerTable, choosing: compat.Choosing, router: Any) -> Callable[[], None]:
+        stock = router._compute_routing
 
         def compute_routing(
             hidden_states: torch.Tensor,
@@ -166,40 +180,41 @@ class Subsets:
             *,
             input_ids: torch.Tensor | None = None,
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            if not self._active:
+            def whole(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
                 found: tuple[torch.Tensor, torch.Tensor] = stock(
-                    hidden_states, router_logits, indices_type, input_ids=input_ids
+                    hidden_states, logits, indices_type, input_ids=input_ids
                 )
                 return found
-            return route(
-                self._tables[layer], self._slot_of[: router_logits.shape[0]], router_logits, choosing,
-                lambda logits: stock(hidden_states, logits, indices_type, input_ids=input_ids),
-            )  # fmt: skip
 
-        self._undo.append(compat.replace_method(router, "_compute_routing", compute_routing))
+            if not self._active:
+                return whole(router_logits)
+            slots = self._slot_of[: router_logits.shape[0]] if self._shared is None else self._shared
+            return route(table, slots, router_logits, choosing, whole)
 
-    def _hook_runner(self) -> None:
-        stock = self._runner._prepare_inputs
+        return compat.replace_method(router, "_compute_routing", compute_routing)
 
-        def prepare_inputs(*args: Any, **kwargs: Any) -> Any:
-            prepared = stock(*args, **kwargs)
-            # Afterwards, since the batch may be reordered while its inputs are prepared.
-            self._fill(compat.batch_slots(self._runner, args[0] if args else kwargs["scheduler_output"], REQUEST_KEY))
-            return prepared
+    def _slot_asked(self, extra: Mapping[str, Any]) -> int:
+        """Read the slot that a request names in its extra_args."""
+        slot = int(extra.get(REQUEST_KEY, 0))
+        if not 0 <= slot < self.slots:
+            raise LeapError(
+                REQUEST_KEY, f"names plan {slot}, {self.slots - 1} are loaded", "load the plan before asking for it"
+            )
+        return slot
 
-        self._undo.append(compat.replace_method(self._runner, "_prepare_inputs", prepare_inputs))
-
-    def _fill(self, batch: Sequence[tuple[int, int]]) -> None:
-        """Write each token's slot: (slot, tokens) of the requests in the order of the batch; 0 for padding."""
-        for slot, _ in batch:
-            if not 0 <= slot < self.slots:
-                raise LeapError(
-                    REQUEST_KEY, f"names plan {slot}, {self.slots - 1} are loaded", "load the plan before asking for it"
-                )
-        self._active = any(slot for slot, _ in batch)
-        if not self._active:
-            return
-        slots = np.repeat(*np.array(batch).T)
-        self._slot_of[len(slots) : self._filled] = 0
-        self._slot_of[: len(slots)] = torch.from_numpy(slots)
-        self._filled = len(slots)
+    def _before_step(self, slots: np.ndarray, tokens: np.ndarray) -> None:
+        """Make each token of a step find its slot: slots and token counts of the requests [R], in the batch's order."""
+        if not self._fixed:
+            self._active = bool(slots.any())
+            if not self._active:
+                return
+            # A penalty for all is added faster than one gathered for each.
+            alone = bool((slots == slots[0]).all())
+            self._shared = self._each_slot[slots[0]] if alone else None
+            if alone:
+                return
+        each = np.repeat(slots, tokens)
+        compat_runners.copy_to(self._slot_of, each)
+        # What is padded behind them has no plan.
+        self._slot_of[len(each) : self._filled] = 0
+        self._filled = len(each)

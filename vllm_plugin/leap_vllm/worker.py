@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from leap_vllm import compat
+from leap_vllm import compat, compat_runners
 from leap_vllm.profiling import Recording
 from leap_vllm.shrink import Shrunk
 from leap_vllm.subsets import PlainPlan, Subsets
@@ -56,25 +56,41 @@ class LeapWorker:
         """Load plans into slots 1, 2, …, hooking the routers on first use; UnsupportedError where that cannot be."""
         if self.leap_subsets is None:
             self.leap_subsets = Subsets(self.model_runner)
+            compat_runners.recapture(self.model_runner)
         self.leap_subsets.load(plans)
 
     def leap_remove_plans(self) -> None:
         """Take the hooks off; harmless without any."""
-        if self.leap_subsets is not None:
-            self.leap_subsets.remove()
-            self.leap_subsets = None
+        if self._leap_release_plans():
+            compat_runners.recapture(self.model_runner)
 
     def leap_apply(self, plan: PlainPlan) -> None:
         """Shrink the layers to a plan, in place of one before; UnsupportedError where that cannot be."""
-        self.leap_remove_plans()
-        self.leap_restore()
-        self.leap_shrunk = Shrunk(self.model_runner, plan)
+        changed = self._leap_release_plans() | self._leap_grow()
+        try:
+            self.leap_shrunk = Shrunk(self.model_runner, plan)
+        finally:
+            if changed or self.leap_shrunk is not None:
+                compat_runners.recapture(self.model_runner)
 
     def leap_restore(self) -> None:
         """Make the layers whole again; harmless when they are."""
-        if self.leap_shrunk is not None:
-            self.leap_shrunk.restore()
-            self.leap_shrunk = None
+        if self._leap_grow():
+            compat_runners.recapture(self.model_runner)
+
+    def _leap_release_plans(self) -> bool:
+        """Take the hooks off; returns whether there were any."""
+        found, self.leap_subsets = self.leap_subsets, None
+        if found is not None:
+            found.remove()
+        return found is not None
+
+    def _leap_grow(self) -> bool:
+        """Make the layers whole; returns whether they were not."""
+        found, self.leap_shrunk = self.leap_shrunk, None
+        if found is not None:
+            found.restore()
+        return found is not None
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
