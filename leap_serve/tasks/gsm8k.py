@@ -1,12 +1,16 @@
-"""GSM8K's metric: exact match of the number after ``####`` (Cobbe et al. 2021, the official rule)."""
+"""GSM8K (Cobbe et al. 2021): word problems, exact match of the number after ``####`` (the official rule)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
-from leap_serve.tasks.base import Item
+from leap_serve.errors import LeapError
+from leap_serve.tasks.base import Item, Split
+from leap_serve.tasks.rows import Row, Source, text_of
 
+SOURCE = Source("gsm8k", "openai/gsm8k", "main")
 _FINAL = re.compile(r"#### (\-?[0-9\.\,]+)")
 
 
@@ -21,3 +25,32 @@ def exact_match(items: Sequence[Item], completions: Sequence[str]) -> list[float
     return [
         float(extract_answer(text) == item.reference["answer"]) for item, text in zip(items, completions, strict=True)
     ]
+
+
+class Gsm8k:
+    """Grade-school word problems; 5 % of the official train split are the validation split."""
+
+    name = "gsm8k"
+    metric = "exact match"
+    stop: tuple[str, ...] = ("\n\n", "Question:")
+    max_tokens = 320
+
+    def __init__(self, data: Path | None = None) -> None:
+        self._data = data
+
+    def items(self, split: Split, limit: int | None = None, seed: int = 0) -> list[Item]:
+        """Return the problems of a split."""
+        return SOURCE.items(split, _item, self._data, limit, seed)
+
+    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[float]:
+        """GSM8K's exact match."""
+        return exact_match(items, completions)
+
+
+def _item(row: Row, where: str) -> Item:
+    question, solution = text_of(row, "question", where), text_of(row, "answer", where)
+    answer = extract_answer(solution)
+    if answer is None:
+        raise LeapError(where, "the answer holds no number after ####", "give GSM8K's own rows")
+    reference = {"answer": answer, "question": question}
+    return Item(f"gsm8k/{question}", f"Question: {question}\nAnswer:", f" {solution}", reference)

@@ -1,13 +1,16 @@
-"""HumanEval's metric: pass@1, the share of completions whose unit tests pass (Chen et al. 2021)."""
+"""HumanEval (Chen et al. 2021): pass@1, the share of completions whose unit tests pass."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from leap_serve.sandbox import run_python
-from leap_serve.tasks.base import Item
+from leap_serve.tasks.base import Item, Split
+from leap_serve.tasks.rows import Row, Source, text_of
 
+SOURCE = Source("humaneval", "openai/openai_humaneval", "openai_humaneval", splits=("test",), only="test")
 STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")
 
 
@@ -22,3 +25,35 @@ def pass_at_1(items: Sequence[Item], completions: Sequence[str]) -> list[float]:
     programs = [program(item, text) for item, text in zip(items, completions, strict=True)]
     with ThreadPoolExecutor(max_workers=2) as pool:
         return [float(outcome.passed) for outcome in pool.map(run_python, programs)]
+
+
+class HumanEval:
+    """HumanEval has only a test set: its train and validation splits are MBPP's, never its own (methods: §7)."""
+
+    name = "humaneval"
+    metric = "pass@1"
+    stop: tuple[str, ...] = STOP
+    max_tokens = 512
+
+    def __init__(self, data: Path | None = None) -> None:
+        self._data = data
+
+    def items(self, split: Split, limit: int | None = None, seed: int = 0) -> list[Item]:
+        """Return HumanEval's functions for "test", MBPP's for "train" and "validation"."""
+        if split == "test":
+            return SOURCE.items(split, _item, self._data, limit, seed)
+        # mbpp.py builds on this module.
+        from leap_serve.tasks.mbpp import Mbpp
+
+        return Mbpp(self._data).items(split, limit, seed)
+
+    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[float]:
+        """HumanEval's pass@1, run in the sandbox; MBPP's items have the same form."""
+        return pass_at_1(items, completions)
+
+
+def _item(row: Row, where: str) -> Item:
+    task_id, prompt, solution, test, entry = (
+        text_of(row, field, where) for field in ("task_id", "prompt", "canonical_solution", "test", "entry_point")
+    )
+    return Item(task_id, prompt, solution, {"entry_point": entry, "test": test})

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from leap_serve.errors import LeapError, UsageError
 from leap_serve.tasks.base import Item, Task
+from leap_serve.tasks.gsm8k import Gsm8k
+from leap_serve.tasks.humaneval import HumanEval
+from leap_serve.tasks.mbpp import Mbpp
+from leap_serve.tasks.rows import Row, read_rows
 from leap_serve.tasks.toy_code import ToyCode
 from leap_serve.tasks.toy_gsm import ToyGsm
 from leap_serve.tasks.toy_xsum import ToyXsum
+from leap_serve.tasks.xsum import Xsum
 
 TASKS: dict[str, Callable[[], Task]] = {"toy-gsm": ToyGsm, "toy-code": ToyCode, "toy-xsum": ToyXsum}
+"""Generated tasks, which leap-tiny was trained on."""
+PUBLISHED: dict[str, Callable[[Path | None], Task]] = {
+    "gsm8k": Gsm8k, "humaneval": HumanEval, "mbpp": Mbpp, "xsum": Xsum,
+}  # fmt: skip
+"""Published tasks, from the Hugging Face Hub or from files."""
 
 
-def load_task(name: str) -> Task:
-    """Return a task by name, or raise UsageError with the names there are."""
+def load_task(name: str, data: Path | None = None) -> Task:
+    """Return a task by name, or raise UsageError with the names there are.
+
+    ``data`` is for published tasks: a JSON Lines file, or a folder of ``{task}_{split}.jsonl`` (plain or .gz),
+    instead of the Hugging Face Hub.
+    """
+    if name in PUBLISHED:
+        return PUBLISHED[name](data)
     if name not in TASKS:
-        raise UsageError("--task", f"there is no task {name!r}", f"choose one of {', '.join(TASKS)}")
+        raise UsageError("--task", f"there is no task {name!r}", f"choose one of {', '.join([*TASKS, *PUBLISHED])}")
+    if data is not None:
+        raise UsageError("--data", f"{name} generates its own items", f"leave it out, or leave out --task {name}")
     return TASKS[name]()
 
 
@@ -29,30 +45,18 @@ def items_from_file(path: Path, limit: int | None = None) -> list[Item]:
     A "text" line becomes an item with an empty prompt. Errors name the file and the line.
     """
     items: list[Item] = []
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if limit is not None and len(items) == limit:
-                    break
-                if line.strip():
-                    items.append(_item(line, f"{path}:{number}"))
-    except FileNotFoundError:
-        raise UsageError(path, "the file does not exist", "check --data") from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise LeapError(path, f"cannot be read ({error})", "give JSON Lines in UTF-8, plain or .gz") from None
+    for where, row in read_rows(path):
+        if limit is not None and len(items) == limit:
+            break
+        items.append(_item(row, where))
     if not items:
         raise LeapError(path, "holds no items", 'give lines like {"prompt": "…", "answer": "…"} or {"text": "…"}')
     return items
 
 
-def _item(line: str, where: str) -> Item:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise LeapError(where, f"not valid JSON ({error})", "give one JSON object per line") from None
-    if isinstance(row, dict):
-        if isinstance(row.get("text"), str) and row["text"]:
-            return Item(id=where, prompt="", answer=row["text"])
-        if isinstance(row.get("prompt"), str) and isinstance(row.get("answer"), str) and row["answer"]:
-            return Item(id=where, prompt=row["prompt"], answer=row["answer"])
+def _item(row: Row, where: str) -> Item:
+    if isinstance(row.get("text"), str) and row["text"]:
+        return Item(id=where, prompt="", answer=row["text"])
+    if isinstance(row.get("prompt"), str) and isinstance(row.get("answer"), str) and row["answer"]:
+        return Item(id=where, prompt=row["prompt"], answer=row["answer"])
     raise LeapError(where, 'has neither "prompt" and "answer" nor "text" as non-empty strings', "add the field")

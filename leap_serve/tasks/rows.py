@@ -1,0 +1,154 @@
+"""Rows of published data sets: from the Hugging Face Hub by their id, or from the user's own files."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from leap_serve.errors import LeapError, UsageError
+from leap_serve.tasks.base import SPLITS, Item, Split, fingerprint
+
+HELD_OUT = 0.05
+"""Part of the train split that becomes the validation split where the paper says so (LEAP appendix D)."""
+Row = Mapping[str, Any]
+Make = Callable[[Row, str], Item]
+"""Turns a row into an item; the text names the row in errors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A published data set.
+
+    Args:
+        task: name of the task, and of its files: ``{task}.jsonl`` or ``{task}_{split}.jsonl``, plain or .gz.
+        hub: id on the Hugging Face Hub, with its config and revision.
+        splits: the official splits that we use. Without an official "validation", 5 % of train are held out.
+        only: the split of files that do not say which one they hold; None refuses them.
+    """
+
+    task: str
+    hub: str
+    config: str
+    revision: str | None = None
+    splits: tuple[Split, ...] = ("train", "test")
+    only: Split | None = None
+
+    def items(self, split: Split, make: Make, data: Path | None, limit: int | None, seed: int) -> list[Item]:
+        """Return a split's items: test in its official order, train and validation shuffled by the seed.
+
+        Train and validation hold no copy of a test item, which some published data sets do.
+        """
+        if split == "test" or split not in (*self.splits, "validation"):
+            return self._official(split, make, data)[:limit]
+        if split in self.splits and "validation" in self.splits:
+            found = self._official(split, make, data)
+        else:
+            found = held_out(self._official("train", make, data))[split == "validation"]
+        # A file of train rows alone cannot be compared; the pool is checked again where it is used.
+        tests = set() if data is not None and not self._holds("test", data) else {
+            fingerprint(item) for item in self._official("test", make, data)
+        }  # fmt: skip
+        found = [item for item in found if fingerprint(item) not in tests]
+        random.Random(f"{self.task}/{split}/{seed}").shuffle(found)
+        return found[:limit]
+
+    def _official(self, split: Split, make: Make, data: Path | None) -> list[Item]:
+        if split not in self.splits:
+            has = " and ".join(self.splits)
+            raise UsageError("--task", f"{self.task} has no {split} split, only {has}", f"use its {has} split")
+        rows = self._from_hub(split) if data is None else self._from_files(split, data)
+        return [make(row, where) for where, row in rows]
+
+    def _from_hub(self, split: Split) -> Iterator[tuple[str, Row]]:
+        try:
+            import datasets
+        except ImportError:
+            raise LeapError(self.task, "needs the package datasets", "pip install 'leap-serve[eval]'") from None
+        import httpx
+
+        try:
+            loaded = datasets.load_dataset(self.hub, self.config, split=split, revision=self.revision)
+        except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
+            reason = str(error).strip().split("\n")[0][:160]
+            raise LeapError(
+                f"--task {self.task}",
+                f"{self.hub} cannot be had from the Hugging Face Hub ({type(error).__name__}: {reason})",
+                f"check the network, or give its rows with --data, as {self.task}_{split}.jsonl or the folder of it",
+            ) from None
+        return ((f"{self.hub} {split} row {number}", row) for number, row in enumerate(loaded, 1))
+
+    def _from_files(self, split: Split, data: Path) -> Iterator[tuple[str, Row]]:
+        found = False
+        for path in self._files(data):
+            for where, row in read_rows(path):
+                if (row.get("split") or self._split_of_file(path)) == split:
+                    found = True
+                    yield where, row
+        if not found:
+            raise LeapError(
+                data, f"holds no {split} rows of {self.task}",
+                f'name the file {self.task}_{split}.jsonl, or give its rows the field "split"',
+            )  # fmt: skip
+
+    def _holds(self, split: Split, data: Path) -> bool:
+        return split in self.splits and next(self._rows_of(split, data), None) is not None
+
+    def _rows_of(self, split: Split, data: Path) -> Iterator[Row]:
+        for path in self._files(data):
+            yield from (row for _, row in read_rows(path) if (row.get("split") or self._split_of_file(path)) == split)
+
+    def _files(self, data: Path) -> list[Path]:
+        if not data.is_dir():
+            return [data]
+        stems = {self.task, *(f"{self.task}_{split}" for split in SPLITS)}
+        names = {f"{stem}{suffix}" for stem in stems for suffix in (".jsonl", ".jsonl.gz")}
+        return sorted(path for path in data.iterdir() if path.name.lower() in names)
+
+    def _split_of_file(self, path: Path) -> str | None:
+        last = path.name.lower().split(".")[0].rpartition("_")[2]
+        return last if last in SPLITS else self.only
+
+
+def held_out(items: Sequence[Item], share: float = HELD_OUT) -> tuple[list[Item], list[Item]]:
+    """Divide items into train and validation: the ``share`` with the lowest fingerprints, whatever their order."""
+    keys = sorted(fingerprint(item) for item in items)
+    if not keys:
+        return [], []
+    bound = keys[max(1, round(share * len(keys))) - 1]
+    return [i for i in items if fingerprint(i) > bound], [i for i in items if fingerprint(i) <= bound]
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield the objects of a JSON Lines file, plain or gzipped, each with "file:line"; errors name the line."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"{path}:{number}", _parsed(line, f"{path}:{number}")
+    except FileNotFoundError:
+        raise UsageError(path, "the file does not exist", "check --data") from None
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise LeapError(path, f"cannot be read ({error})", "give JSON Lines in UTF-8, plain or .gz") from None
+
+
+def text_of(row: Row, field: str, where: str) -> str:
+    """Return a field that must be a non-empty string."""
+    value = row.get(field)
+    if not isinstance(value, str) or not value:
+        raise LeapError(where, f'"{field}" is not a non-empty string', "give the data set's own rows")
+    return value
+
+
+def _parsed(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise LeapError(where, f"not valid JSON ({error})", "give one JSON object per line") from None
+    if not isinstance(row, dict):
+        raise LeapError(where, "not a JSON object", "give one JSON object per line")
+    return row
