@@ -14,14 +14,13 @@ from leap_serve.architectures import Family, Role, family_of, role_of, text_conf
 from leap_serve.errors import CheckpointError, UnsupportedError
 from leap_serve.files import read_json
 from leap_serve.hub import resolve_model as resolve_model  # one import serves whoever opens checkpoints
+from leap_serve.overlays import ADAPTER, ROUTER_HEAD, check_overlays
 from leap_serve.plan import BaseModel, Plan
 from leap_serve.tensorfile import TensorEntry, read_header
 
 INDEX = "model.safetensors.index.json"
 MANIFEST = "leap.json"
 FINGERPRINT_KEY = "leap_fingerprint"
-ROUTER_HEAD = "router_head.safetensors"
-ADAPTER = "adapter/adapter_model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 # transformers 5 writes num_local_experts where older files of the same family say num_experts.
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -360,6 +359,7 @@ def check_cut(checkpoint: Checkpoint) -> None:
     check_experts(checkpoint)
     _check_config(checkpoint, plan)
     _check_fingerprints(checkpoint, plan)
+    check_overlays(checkpoint)
 
 
 def _check_config(checkpoint: Checkpoint, plan: Plan) -> None:
@@ -391,9 +391,3 @@ def _check_fingerprints(checkpoint: Checkpoint, plan: Plan) -> None:
                 path, f"has fingerprint {str(found)[:12]}…, {MANIFEST} has {plan.fingerprint[:12]}…",
                 "it belongs to another cut: put the right file back, or cut again",
             )  # fmt: skip
-    head = checkpoint.folder / ROUTER_HEAD
-    for name, entry in (read_header(head)[0] if head.exists() else {}).items():
-        layer = name.split(".")[1] if name.startswith("layers.") else ""
-        if not layer.isdigit() or int(layer) not in plan.layers:
-            raise CheckpointError(head, f"tensor {name} is for no MoE layer of {MANIFEST}", "tune again")
-        check_rows(entry, Role("router", int(layer)), len(plan.layers[int(layer)].retained))

@@ -7,11 +7,12 @@ records it and the plugin applies it at run time, once.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def cut(
         LeapError: writing failed; nothing is left under ``out``.
     """
     began = time.monotonic()
-    _check_destination(model, out)
+    check_destination(model, out)
     source = open_source(model)
     given = plan
     plan, retained = fit(source, given)
@@ -96,28 +97,17 @@ def cut(
     weights_bytes = sum(piece.nbytes for shard in shards for piece in shard)
     optimizer_bytes = sum(piece.nbytes for piece in moments)
     total = weights_bytes + optimizer_bytes
-    _check_space(out, total)
+    check_space(out, total)
     step = _counter(progress, total)
-    try:
-        with new_folder(out, force) as work:
-            _write_shards(work, source, plan, shards, step)
-            if optimizer:
-                metadata = read_header(optimizer)[1] | {FINGERPRINT_KEY: plan.fingerprint}
-                write_tensors(work / OPTIMIZER, moments, metadata, step)
-            left_out = _copy_others(work, source, retained)
-            write_json(work / "config.json", config)
-            write_json(work / MANIFEST, _manifest(source, plan, retained))
-            _write_run(
-                work, source, given, {"optimizer": optimizer and str(optimizer), "max_shard_bytes": max_shard_bytes}
-            )
-            _sync(*work.rglob("*"), work)
-        _sync(out.parent)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = f"make room for {total / 2**30:.2f} GiB" if full else "check the folder and its rights"
-        raise LeapError(
-            out, f"could not be written ({error.strerror or error}); nothing is left there", remedy
-        ) from None
+    with whole_folder(out, force, total) as work:
+        _write_shards(work, source, plan, shards, step)
+        if optimizer:
+            metadata = read_header(optimizer)[1] | {FINGERPRINT_KEY: plan.fingerprint}
+            write_tensors(work / OPTIMIZER, moments, metadata, step)
+        left_out = copy_others(work, source, retained)
+        write_json(work / "config.json", config)
+        write_json(work / MANIFEST, _manifest(source, plan, retained))
+        _write_run(work, source, given, {"optimizer": optimizer and str(optimizer), "max_shard_bytes": max_shard_bytes})
     return CutReport(
         out=str(out), fingerprint=plan.fingerprint, architecture=config["architectures"][0],
         num_experts=source.num_experts, retained=plan.counts, shards=len(shards), tensors=sum(map(len, shards)),
@@ -126,7 +116,27 @@ def cut(
     )  # fmt: skip
 
 
-def _check_destination(model: Path, out: Path) -> None:
+@contextlib.contextmanager
+def whole_folder(out: Path, force: bool, needed: int) -> Iterator[Path]:
+    """Yield a folder that takes the name ``out`` when the block ends without an error; all of it is then durable.
+
+    Where the disk refuses, LeapError says that nothing is left, and that ``needed`` bytes are needed if it was full.
+    """
+    try:
+        with new_folder(out, force) as work:
+            yield work
+            _sync(*work.rglob("*"), work)
+        _sync(out.parent)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = f"make room for {needed / 2**30:.2f} GiB" if full else "check the folder and its rights"
+        raise LeapError(
+            out, f"could not be written ({error.strerror or error}); nothing is left there", remedy
+        ) from None
+
+
+def check_destination(model: Path, out: Path) -> None:
+    """Raise UsageError where writing ``out`` would touch the model."""
     source, target = model.resolve(), out.resolve()
     if target == source or source in target.parents:
         raise UsageError(out, f"lies in the source {model}, which is never written to", "choose another --out")
@@ -134,7 +144,7 @@ def _check_destination(model: Path, out: Path) -> None:
         raise UsageError(out, f"holds the source {model}, which would be replaced", "choose another --out")
 
 
-def _check_space(out: Path, needed: int) -> None:
+def check_space(out: Path, needed: int) -> None:
     """Fail before the copying starts."""
     there = next(path for path in [out.absolute(), *out.absolute().parents] if path.is_dir())
     free = shutil.disk_usage(there).free
@@ -208,7 +218,7 @@ def _manifest(source: Checkpoint, plan: Plan, retained: Retained) -> dict[str, A
     return plan.to_json() | {"checkpoint": checkpoint}
 
 
-def _copy_others(work: Path, source: Checkpoint, retained: Retained) -> list[str]:
+def copy_others(work: Path, source: Checkpoint, retained: Retained) -> list[str]:
     """Copy tokenizer, templates, generation_config and the like; return the names of what was left out."""
     written = {"config.json", MANIFEST, INDEX}
     left_out = []

@@ -26,6 +26,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, HTTPException, Request
 
+from leap_serve.adapter import describe_overlays
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.errors import LeapError, UnsupportedError, UsageError
 from leap_serve.provenance import hardware, versions
@@ -116,6 +117,7 @@ def describe(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
         "layers": layers,
         "plan": stated,
         "overlays": [path.relative_to(checkpoint.folder).as_posix() for path in checkpoint.overlays],
+        "tuned": describe_overlays(checkpoint),
         "weights_gib": round(checkpoint.weight_bytes / 2**30, 6),
         "provenance": dict(plan.made_by) if plan else None,
         "served_by": {"versions": versions(), "hardware": hardware()},

@@ -23,6 +23,7 @@ class VerifyReport:
         untouched, renumbered, sliced: tensors compared with the base: copied whole; of a retained
             expert, under its new id; rows of fused experts and routers.
         bytes_compared: their bytes.
+        overlays: what tuning laid beside the weights; checked against the plan, and no part of the base.
         sha256: digest over the digests of all tensors of the cut, in the order of names.
     """
 
@@ -30,6 +31,7 @@ class VerifyReport:
     base: str | None
     fingerprint: str
     tensors: int
+    overlays: tuple[str, ...] = ()
     untouched: int = 0
     renumbered: int = 0
     sliced: int = 0
@@ -51,8 +53,12 @@ def verify(folder: Path, base: Path | None = None, progress: Callable[[int, int]
     check_cut(checkpoint)
     plan = checkpoint.plan
     assert plan is not None  # check_cut saw it
+    overlays = tuple(path.relative_to(folder).as_posix() for path in checkpoint.overlays)
     if base is None:
-        return VerifyReport(str(folder), None, plan.fingerprint, len(checkpoint.tensors))
+        return VerifyReport(str(folder), None, plan.fingerprint, len(checkpoint.tensors), overlays)
+    if ((checkpoint.manifest or {}).get("checkpoint") or {}).get("exported"):
+        what = "was exported: what tuning learned is merged into its weights, which are no longer the base's"
+        raise CheckpointError(folder, what, "verify the checkpoint that it was exported from")
     source = Checkpoint.open(base)
     check_experts(source)
     if source.identity().sha256 != plan.base.sha256:
@@ -77,7 +83,7 @@ def verify(folder: Path, base: Path | None = None, progress: Callable[[int, int]
     if lost:
         raise CheckpointError(folder, f"lacks tensor {lost[0]} of {base} and {len(lost) - 1} more", "cut again")
     return VerifyReport(
-        str(folder), str(base), plan.fingerprint, len(checkpoint.tensors), bytes_compared=done,
+        str(folder), str(base), plan.fingerprint, len(checkpoint.tensors), overlays, bytes_compared=done,
         sha256=digest.hexdigest(), **counts,
     )  # fmt: skip
 

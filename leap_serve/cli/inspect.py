@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from leap_serve.adapter import describe_overlays
 from leap_serve.checkpoint import OPTIMIZER, Checkpoint, check_cut, check_experts, resolve_model
 from leap_serve.cli.console import say, table
 from leap_serve.errors import LeapError
@@ -54,6 +55,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         for index in checkpoint.moe_layers
     ]
     plan = describe_plan(checkpoint.plan) if checkpoint.plan else {"fingerprint": None, "layers": full, "made_by": {}}
+    problem = _problem(checkpoint)
     beside = [path.relative_to(checkpoint.folder).as_posix() for path in checkpoint.overlays]
     return {
         **plan,
@@ -64,13 +66,14 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "num_experts": checkpoint.plan.num_experts if checkpoint.plan else checkpoint.num_experts,
         "mtp_layers": {str(layer): checkpoint.experts_in(layer) for layer in checkpoint.mtp_layers},
         "overlays": beside,
+        "tuned": {} if problem else describe_overlays(checkpoint),
         "optimizer": (checkpoint.folder / OPTIMIZER).exists(),
         "shards": len(checkpoint.metadata),
         "parameters": {"total": counted.total, "active": counted.active},
         "weights_bytes": checkpoint.weight_bytes,
         "weights_gib": checkpoint.weight_bytes / 2**30,
         "flops_per_token": flops_per_token(checkpoint),
-        "problem": _problem(checkpoint),
+        "problem": problem,
     }
 
 
@@ -93,6 +96,13 @@ def _show(name: str, result: dict[str, Any]) -> None:
             ["weights, GiB", f"{result['weights_gib']:.4f} in {result['shards']} file(s)"],
             ["beside the weights", ", ".join(result["overlays"]) or "nothing"],
         ]
+        head, adapter = result["tuned"].get("router_head"), result["tuned"].get("adapter")
+        if head:
+            rows.append(["router head", f"layers {', '.join(map(str, head['layers']))}"])
+        if adapter:
+            rows.append(
+                ["adapter", f"rank {adapter['rank']}, alpha {adapter['alpha']:g}, {len(adapter['layers'])} layers"]
+            )
     if result["fingerprint"]:
         rows += [
             ["fingerprint", result["fingerprint"][:12]],

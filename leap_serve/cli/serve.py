@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from leap_serve.checkpoint import Checkpoint, check_cut, check_experts, resolve_model
+from leap_serve.overlays import check_overlays
 from leap_serve.server import ServeOptions, describe, serve
 
 EPILOG = """\
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     # The engine would find the same damage half a minute later, deep in a traceback of another process.
     if checkpoint.plan is None:
         check_experts(checkpoint)
+        check_overlays(checkpoint)
     else:
         check_cut(checkpoint)
     name = args.name or folder.name

@@ -26,6 +26,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         say(
             f"{args.checkpoint}: {report.tensors} tensors and one fingerprint, {report.fingerprint[:12]}, agree with leap.json"
         )
+        if report.overlays:
+            say(f"beside the weights, of the same fingerprint and of fitting shapes: {', '.join(report.overlays)}")
         say("give --base MODEL to compare every byte with the model it was cut from")
         return report.to_json()
     table(
@@ -35,6 +37,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             ["copied untouched", report.untouched],
             ["of retained experts, renumbered", report.renumbered],
             ["sliced to the retained experts' rows", report.sliced],
+            ["beside the weights, not from the base", ", ".join(report.overlays) or "nothing"],
             ["GiB compared", f"{report.bytes_compared / 2**30:.3f}"],
         ],
     )

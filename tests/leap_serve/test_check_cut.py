@@ -44,12 +44,26 @@ def _metadata(path: Path, fingerprint: str) -> None:
     write_safetensors(path, specs, {"format": "pt", "leap_fingerprint": fingerprint}, content)
 
 
-def _overlay(folder: Path, name: str, fingerprint: str | None = None, rows: int = 3, layer: int = 0) -> None:
+def _overlay(
+    folder: Path, name: str, fingerprint: str | None = None, rows: int = 3, layer: int = 0, tensor: str = "weight"
+) -> None:
     path = folder / name
     path.parent.mkdir(exist_ok=True)
     own = json.loads((folder / "leap.json").read_text())["fingerprint"]
     metadata = {"leap_fingerprint": fingerprint or own}
-    write_safetensors(path, {f"layers.{layer}.weight": ("F32", (rows, 16))}, metadata)
+    write_safetensors(path, {f"layers.{layer}.{tensor}": ("F32", (rows, 16))}, metadata)
+
+
+def _adapter(folder: Path, rank: int = 2, layer: int = 0, config: dict[str, Any] | None = None, **shapes: Any) -> None:
+    """PEFT's files for the down_proj [3, 16, 8] of layer 0, written without PEFT."""
+    shapes = {"A": (rank * 3, 8), "B": (16, rank * 3)} | shapes
+    (folder / "adapter").mkdir()
+    name = f"base_model.model.model.layers.{layer}.mlp.experts.lora_{{}}.weight"
+    metadata = {"leap_fingerprint": json.loads((folder / "leap.json").read_text())["fingerprint"]}
+    specs = {name.format(side): ("F32", shape) for side, shape in shapes.items() if shape}
+    write_safetensors(folder / ADAPTER, specs, metadata)
+    plain = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_parameters": ["mlp.experts.down_proj"]}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(plain | (config or {})))
 
 
 def _manifest_of_another_plan(folder: Path, **layers: tuple[tuple[int, ...], int]) -> None:
@@ -92,9 +106,23 @@ CUTS: dict[str, tuple[Break, str]] = {
         "architecture Qwen3MoeForCausalLM cannot hold a plan whose layers differ; set it to LeapQwen3MoeForCausalLM",
     ),
     "router head of another cut": (lambda f: _overlay(f, HEAD, "2" * 64), "router_head.safetensors: has fingerprint 2222"),
-    "router head of another size": (lambda f: _overlay(f, HEAD, rows=4), "has shape [4, 16], but layer 0 has 3 experts"),
+    "router head of another size": (lambda f: _overlay(f, HEAD, rows=4), "tensor layers.0.weight has shape [4, 16], but layer 0 has 3 experts"),
     "router head of another layer": (lambda f: _overlay(f, HEAD, layer=9), "layers.9.weight is for no MoE layer"),
     "adapter of another cut": (lambda f: _overlay(f, ADAPTER, "3" * 64), "adapter_model.safetensors: has fingerprint 3333"),
+    "adapter of another size": (lambda f: _adapter(f, A=(8, 8)), "experts.lora_A.weight has shape [8, 8], but layer 0 has 3 experts and down_proj [3, 16, 8], at rank 2"),
+    "adapter turned round": (lambda f: _adapter(f, B=(6, 16)), "experts.lora_B.weight has shape [6, 16], but layer 0"),
+    "adapter of another rank": (lambda f: _adapter(f, config={"r": 3}), "at rank 3"),
+    "adapter of another layer": (lambda f: _adapter(f, layer=5), "adapts down_proj of layer 5, where leap.json has no"),
+    "adapter on attention too": (lambda f: _adapter(f, config={"target_modules": ["q_proj"]}), "target_modules is ['q_proj'], which cannot be merged"),
+    "adapter of another kind": (lambda f: _adapter(f, config={"use_dora": True}), "use_dora is True, which cannot be merged"),
+    "adapter of an old PEFT": (lambda f: _adapter(f, config={"peft_version": "0.18.1"}), "was written by PEFT 0.18, which lays out"),
+    "adapter of unknown targets": (lambda f: _adapter(f, config={"target_parameters": ["mlp.gate.weight"]}), "target_parameters are ['weight'], not"),
+    "adapter without a rank": (lambda f: _adapter(f, config={"r": "many"}), "r is 'many' and lora_alpha 4, not two numbers"),
+    "adapter's config no object": (lambda f: (_adapter(f), (f / "adapter" / "adapter_config.json").write_text("[]")), "adapter_config.json: holds a JSON list"),
+    "adapter without its weights": (lambda f: (f / "adapter").mkdir(), "adapter: has no adapter_model.safetensors"),
+    "adapter without its config": (lambda f: (_adapter(f), (f / "adapter" / "adapter_config.json").unlink()), "adapter_config.json: the file does not exist"),
+    "adapter halved": (lambda f: _adapter(f, A=(6, 8), B=None) , "lacks its counterpart"),
+    "router head of another tensor": (lambda f: _overlay(f, HEAD, tensor="bias"), "layers.0.bias replaces nothing in the checkpoint"),
     "router head damaged": (lambda f: (f / HEAD).write_bytes(b"12345678"), "router_head.safetensors: "),
 }  # fmt: skip
 
@@ -110,7 +138,7 @@ def test_a_cut_that_is_not_what_its_manifest_says(done: Path, what: str) -> None
 
 def test_overlays_that_belong_are_let_through(done: Path) -> None:
     _overlay(done, HEAD)
-    _overlay(done, ADAPTER)
+    _adapter(done)
     checkpoint = Checkpoint.open(done)
     check_cut(checkpoint)
     assert checkpoint.overlays == [done / HEAD, done / ADAPTER]

@@ -6,8 +6,9 @@ models run exactly as without it (but that a CPU's AMX tiles are asked for befor
 reads the plan from leap.json beside the weights and refuses what contradicts it (loader.py). While the
 stock ``__init__`` runs, decoder layer l is built with the config's expert count and top_k set to l's own
 (layers.py), so that routers, experts and kernels get their true sizes and no vLLM code is copied.
-Weights then load as always, since a cut checkpoint numbers its experts 0…|I|−1; rows of a tuned router
-head, if there is one, take the place of the router's (loader.py). A temperature τ ≠ 1 divides that
+Weights then load as always, since a cut checkpoint numbers its experts 0…|I|−1; what tuning laid beside it
+is merged into them one tensor at a time, before vLLM shards it: the router head's rows, and the adapters'
+ΔW of each expert (loader.py). A temperature τ ≠ 1 divides that
 layer's logits in fp32 before vLLM's own scoring and top-k (router.py); it is in no weight. All private
 names of vLLM are in compat.py, checked by version and by signature.
 """

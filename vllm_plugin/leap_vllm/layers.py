@@ -35,8 +35,8 @@ class LeapModel:
                 apply_temperature(runner.router, temperature)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load the cut checkpoint, its router rows replaced by those of the router head if there is one."""
-        loaded: set[str] = super().load_weights(self.leap_cut.with_router_head(weights))  # type: ignore[misc]
+        """Load the cut checkpoint, router head and adapter merged in if there are any."""
+        loaded: set[str] = super().load_weights(self.leap_cut.with_overlays(weights))  # type: ignore[misc]
         return loaded
 
 

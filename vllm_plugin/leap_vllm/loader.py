@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.model_loader import DefaultModelLoader
 
-from leap_serve.architectures import Family, role_of, text_config
-from leap_serve.checkpoint import ADAPTER, MANIFEST, ROUTER_HEAD, Checkpoint, check_cut, check_experts, resolve_model
+from leap_serve.architectures import Family, text_config
+from leap_serve.checkpoint import MANIFEST, Checkpoint, check_cut, check_experts, resolve_model
 from leap_serve.errors import CheckpointError, UnsupportedError
+from leap_serve.merge import Merge
+from leap_serve.overlays import check_overlays
 from leap_serve.plan import Plan
 
 if TYPE_CHECKING:
@@ -23,46 +25,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A cut checkpoint, checked: its plan and its tuned router rows.
+    """A cut checkpoint, checked: its plan and what its router head and adapter make of its tensors.
 
     Args:
         folder: where it lies.
         family: the row of its family.
         plan: what leap.json holds.
-        num_hidden_layers: decoder layers of the main model.
-        router_head: "layers.{l}.weight" → [|I^(l)|, H], "layers.{l}.bias" → [|I^(l)|]; empty if there is none.
+        merge: router head and adapter; changes nothing where there is neither.
     """
 
     folder: Path
     family: Family
     plan: Plan
-    num_hidden_layers: int
-    router_head: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    merge: Merge
 
-    def with_router_head(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Pass the checkpoint's tensors on, those of the router replaced where the router head has them."""
-        unused = set(self.router_head)
+    def with_overlays(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Pass the checkpoint's tensors on, router head and adapter merged in, one at a time and before any sharding."""
         for name, tensor in weights:
-            if name in self.router_head:  # the file itself, where vLLM takes every *.safetensors of the folder
-                continue
-            role = role_of(self.family, name, self.num_hidden_layers)
-            key = f"layers.{role.layer}.{name.rpartition('.')[2]}"
-            if role.kind == "router" and key in self.router_head:
-                unused.discard(key)
-                yield name, self.router_head[key]
-            else:
-                yield name, tensor
-        if unused:
-            raise CheckpointError(
-                self.folder / ROUTER_HEAD, f"{min(unused)} replaces nothing in the checkpoint", "tune again"
-            )
+            # The head's own file comes by where vLLM takes every *.safetensors of the folder.
+            if name not in self.merge.head_names:
+                yield name, self.merge.merged(name, tensor)
 
 
 def open_cut(vllm_config: VllmConfig, family: Family) -> Cut:
     """Find, check and open the cut checkpoint that vLLM is about to load.
 
     Raises LeapError: leap.json is absent or of an unknown version, parts bear different fingerprints, a
-    shard is missing or truncated, counts, shapes and plan disagree, or there is an adapter to merge.
+    shard is missing or truncated, or counts, shapes, router head, adapter and plan disagree.
     """
     folder = resolve_model(vllm_config.model_config.model, vllm_config.model_config.revision)
     if not (folder / MANIFEST).is_file():
@@ -74,20 +63,7 @@ def open_cut(vllm_config: VllmConfig, family: Family) -> Cut:
     check_cut(checkpoint)
     assert checkpoint.plan is not None  # check_cut refuses a checkpoint without one
     check_groups(checkpoint, checkpoint.plan)
-    if (folder / ADAPTER).parent.exists():
-        raise UnsupportedError(
-            (folder / ADAPTER).parent, "holds an adapter that this version does not merge into the experts",
-            "move it away to serve the checkpoint without it",
-        )  # fmt: skip
-    return Cut(folder, family, checkpoint.plan, checkpoint.num_hidden_layers, _read_router_head(folder))
-
-
-def _read_router_head(folder: Path) -> dict[str, torch.Tensor]:
-    """Read router_head.safetensors, whose shapes and fingerprint check_cut has compared with the plan."""
-    from safetensors.torch import load_file
-
-    path = folder / ROUTER_HEAD
-    return load_file(path) if path.exists() else {}
+    return Cut(folder, family, checkpoint.plan, Merge(checkpoint))
 
 
 def check_groups(checkpoint: Checkpoint, plan: Plan) -> None:
@@ -112,11 +88,7 @@ def check_any(checkpoint: Checkpoint) -> None:
         check_cut(checkpoint)
         return
     check_experts(checkpoint)
-    if checkpoint.overlays:
-        raise CheckpointError(
-            checkpoint.overlays[0], f"lies beside a checkpoint that has no {MANIFEST}",
-            f"copy {MANIFEST} from where the checkpoint was cut, or move the file away",
-        )  # fmt: skip
+    check_overlays(checkpoint)
 
 
 class LeapLoader(DefaultModelLoader):

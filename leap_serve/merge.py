@@ -1,0 +1,95 @@
+"""Router head and adapter merged into the weights of a cut, one tensor at a time.
+
+The sum is computed in fp32 and rounded once to the tensor's own dtype, so a bf16 checkpoint stays bf16: what a
+step of its 8 bits cannot hold of ΔW is lost. Serve or export an fp32 checkpoint where that matters.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+
+from leap_serve.overlays import Factors, Part, part_of, read_factors, router_rows
+
+if TYPE_CHECKING:
+    from leap_serve.checkpoint import Checkpoint
+    from leap_serve.tensorfile import TensorEntry
+
+_KEPT = 4
+"""Pairs of factors in memory: shards list a layer's experts together, but not parameter by parameter."""
+
+
+class Merge:
+    """What the overlays of a checked cut make of its tensors; holds only a few factors in memory.
+
+    Args:
+        checkpoint: one that check_cut let through.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._rows = router_rows(checkpoint)
+        factors = read_factors(checkpoint)
+        self._parts: dict[str, Part] = {}
+        for name in checkpoint.tensors if factors else ():
+            part = part_of(checkpoint.role(name), name)
+            if part is not None and (part.layer, part.parameter) in factors:
+                self._parts[name] = part
+        self._factors = factors
+        self._load = lru_cache(maxsize=_KEPT)(_load)
+
+    @property
+    def names(self) -> set[str]:
+        """Tensors of the checkpoint that the overlays change."""
+        return self._rows.keys() | self._parts.keys()
+
+    @property
+    def head_names(self) -> set[str]:
+        """Tensors of router_head.safetensors."""
+        return {entry.name for entry in self._rows.values()}
+
+    def merged(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the checkpoint as the overlays make it: a new one, or the same if they leave it alone.
+
+        Shape, dtype and device stay. ``tensor`` may be a view of a file and is never written to.
+        """
+        row = self._rows.get(name)
+        if row is not None:
+            return _read(row).to(tensor.device, tensor.dtype)
+        part = self._parts.get(name)
+        if part is None:
+            return tensor
+        factors = self._factors[part.layer, part.parameter]
+        if part.expert is not None:
+            change = self._change(factors, part.expert, tensor.device)
+            if part.parameter == "gate_up_proj":
+                change = change.chunk(2)[part.half]
+            return _sum(tensor, change)
+        out = torch.empty_like(tensor)
+        for expert in range(factors.experts):  # one expert's ΔW at a time
+            out[expert] = _sum(tensor[expert], self._change(factors, expert, tensor.device))
+        return out
+
+    def _change(self, factors: Factors, expert: int, device: torch.device) -> torch.Tensor:
+        """Return ΔW [d1, d2] of one expert in fp32."""
+        a, b = self._load(factors, device)
+        change = factors.scaling * (b[:, :, expert] @ a[expert])
+        return change.T if factors.transposed else change
+
+
+def _load(factors: Factors, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A [E, r, in] and B [out, r, E] in fp32."""
+    a, b = _read(factors.a).to(device, torch.float32), _read(factors.b).to(device, torch.float32)
+    return a.reshape(factors.experts, factors.rank, -1), b.reshape(-1, factors.rank, factors.experts)
+
+
+def _read(entry: TensorEntry) -> torch.Tensor:
+    with safe_open(entry.file, "pt") as file:
+        tensor: torch.Tensor = file.get_tensor(entry.name)
+        return tensor
+
+
+def _sum(tensor: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    return (tensor.float() + change).to(tensor.dtype)
