@@ -20,6 +20,7 @@ VERBS = {
     "cut": "cut the planned experts out of a checkpoint, on files only",
     "verify": "check a cut checkpoint, with --base against the model it came from",
     "inspect": "show what a checkpoint or plan retains and where it came from",
+    "tune": "repair and specialise a cut: routing agent and experts, on actively chosen items",
     "export": "merge what tuning learned into the weights: a plain checkpoint",
     "serve": "serve a checkpoint with vLLM's OpenAI-compatible server",
     "bench": "measure latency, throughput, memory or serving, one checkpoint or two interleaved",

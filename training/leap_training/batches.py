@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from leap_serve.encoding import encode_items
@@ -18,6 +19,10 @@ class Batch(NamedTuple):
     ids: torch.Tensor
     weights: torch.Tensor
     mask: torch.Tensor
+
+    def to(self, device: Any) -> Batch:
+        """The same batch on a device."""
+        return Batch(self.ids.to(device), self.weights.to(device), self.mask.to(device))
 
 
 def collate(tokenizer: Any, items: Sequence[Item], prompt_weight: float) -> Batch:
@@ -40,11 +45,15 @@ def collate(tokenizer: Any, items: Sequence[Item], prompt_weight: float) -> Batc
     return Batch(ids, weights, mask)
 
 
+def token_losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Next-token cross-entropy of logits [B, S, V] at every position but the last, [B, S − 1], in nats."""
+    return torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), batch.ids[:, 1:], reduction="none")
+
+
 def weighted_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Mean next-token cross-entropy of logits [B, S, V] under the batch's weights, in nats."""
-    token_loss = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), batch.ids[:, 1:], reduction="none")
     wanted = batch.weights[:, 1:]
-    return (token_loss * wanted).sum() / wanted.sum()
+    return (token_losses(logits, batch) * wanted).sum() / wanted.sum()
 
 
 def padded_experts(
@@ -75,3 +84,17 @@ def use_padded_experts(model: Any) -> None:
     """Make a transformers MoE model with [E, 2I, H] and [E, H, I] expert weights compute them in batches."""
     ALL_EXPERTS_FUNCTIONS.register("leap_padded", padded_experts)
     model.set_experts_implementation("leap_padded")
+
+
+def use_fast_experts(model: Any) -> None:
+    """On a CPU compute experts in batches where their form allows it; a GPU has its own grouped products."""
+    experts = [module for module in model.modules() if hasattr(module, "gate_up_proj")]
+    plain = all(
+        isinstance(getattr(module, "act_fn", None), (torch.nn.SiLU, SiLUActivation))
+        and not getattr(module, "is_transposed", True)
+        and not getattr(module, "has_bias", True)
+        and module.gate_up_proj.dim() == 3
+        for module in experts
+    )
+    if experts and plain and model.device.type == "cpu":
+        use_padded_experts(model)

@@ -184,8 +184,12 @@ def update(
     rollout: Rollout,
     config: PPOConfig,
     generator: torch.Generator | None = None,
+    penalty: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, float]:
-    """Improve the policy on one rollout; return :data:`METRICS`, means over the gradient steps taken."""
+    """Improve the policy on one rollout; return :data:`METRICS`, means over the gradient steps taken.
+
+    ``penalty``, given a minibatch's observations, is added to its loss (a KL target, say).
+    """
     total = len(rollout.actions)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     seen: dict[str, list[float]] = {key: [] for key in (*METRICS[:5], "grad_norm")}
@@ -194,6 +198,8 @@ def update(
         kls = []
         for part in order.split(config.minibatch):
             loss, metrics = _loss(actor, critic, rollout, part, config)
+            if penalty is not None:
+                loss = loss + penalty(rollout.observations[part])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)

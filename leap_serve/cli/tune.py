@@ -1,0 +1,196 @@
+"""``leap tune CKPT --task T|--data F``: repair and specialise a cut; the results lie beside its weights."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leap_serve.checkpoint import Checkpoint, resolve_model
+from leap_serve.cli.console import noted_bar, say, table
+from leap_serve.errors import UnsupportedError, UsageError
+from leap_serve.files import new_folder
+from leap_serve.tasks.registry import PUBLISHED, TASKS, items_from_file, load_task
+
+if TYPE_CHECKING:
+    from leap_training.tune import TuneConfig, TuneData
+
+BASELINES = ("vanilla", "full", "kd", "kd-experts")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
+    parser.add_argument("checkpoint", help="a cut checkpoint with equal counts in all layers")
+    parser.add_argument("--task", help=f"one of {', '.join([*TASKS, *PUBLISHED])}")
+    parser.add_argument("--data", type=Path, help="JSON Lines of {prompt, answer} or {text}, 5 %% held out")
+    parser.add_argument("-o", "--out", type=Path, help="tune a copy (default: write beside the checkpoint's weights)")
+    parser.add_argument("--force", action="store_true", help="replace --out, or the tuned parts that are there")
+    parser.add_argument("--state", type=Path, help="folder to resume from (default: CKPT.tune, gone at the end)")
+    labels = parser.add_argument_group("labels and steps (defaults: 10 rounds of 1,024 labels, the paper's)")
+    labels.add_argument("--rounds", type=int, default=10)
+    labels.add_argument("--labels", type=int, default=1024, help="items labelled in each round (B)")
+    labels.add_argument("--pool", type=int, default=16384, help="train items to choose from")
+    labels.add_argument("--held-out", type=int, default=256, help="validation items of each of the two parts")
+    labels.add_argument("--steps", type=int, default=4000, help="expert steps of the whole run")
+    labels.add_argument("--batch", type=int, default=32, help="items of a step")
+    labels.add_argument("--accumulate", type=int, default=1, help="parts in which a step's items pass")
+    labels.add_argument("--patience", type=int, default=3, help="rounds without gain that end the run; 0: never")
+    parts = parser.add_argument_group("parts, each of which can be left out")
+    parts.add_argument("--no-rl-router", action="store_true", help="no router steps")
+    parts.add_argument("--supervised-router", action="store_true", help="expert steps also move the routers")
+    parts.add_argument("--no-active-learning", action="store_true", help="random batches")
+    parts.add_argument("--no-lora", action="store_true", help="the experts stay as they are")
+    parts.add_argument("--baseline", choices=BASELINES, help="a rival under the same labels and steps; needs --out")
+    parts.add_argument("--teacher", help="kd, kd-experts: the full model")
+    knobs = parser.add_argument_group("knobs")
+    knobs.add_argument("--rank", type=int, default=16, help="of the experts' adapters")
+    knobs.add_argument("--learning-rate", type=float, default=3e-3)
+    knobs.add_argument("--router-learning-rate", type=float, default=3e-4)
+    knobs.add_argument("--router-every", type=int, default=4, help="expert steps per router step")
+    knobs.add_argument("--router-warmup", type=int, default=20, help="router steps before the first expert step")
+    knobs.add_argument("--exploration", default="epsilon", choices=("epsilon", "gumbel"))
+    knobs.add_argument("--noise", type=float, default=1.0, help="scale of the Gumbel noise")
+    knobs.add_argument("--epsilon", type=float, default=0.1, help="probability of exploring, per token and layer")
+    knobs.add_argument("--kl-coef", type=float, default=0.02, help="β of eq. 18")
+    knobs.add_argument("--ent-coef", type=float, default=0.001, help="η of eq. 18")
+    knobs.add_argument("--latency-coef", type=float, default=0.0, help="λ of eq. 14")
+    knobs.add_argument("--div-coef", type=float, default=1.0, help="η of eq. 17")
+    knobs.add_argument("--adapter-l2", type=float, default=0.01, help="μ of eq. 18")
+    knobs.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32; bfloat16 on a GPU")
+    knobs.add_argument("--checkpointing", action="store_true", help="recompute activations instead of keeping them")
+    knobs.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Tune, keep the tuned router only if it earns it, and write what lies beside the weights."""
+    source = _source(args)
+    from leap_training.tune_result import keep_router, report_of, write_plain, write_tuned
+
+    tuner = _tuner(args, source)
+    state = tuner.state
+    assert state is not None
+    losses, _ = tuner.item_losses(tuner.data.stopping)
+    with noted_bar("tune") as bar:
+        tuner.run(bar)
+    moved = tuner.config.rl_router or tuner.config.supervised_router
+    plain = tuner.config.experts == "full"
+    # A rival's router is part of it; whether ours stays is asked of ours alone.
+    router = keep_router(tuner) if moved and not plain else None
+    report = report_of(tuner, router, float(losses.mean()), task=args.task, data=args.data and str(args.data),
+                       model=args.checkpoint, baseline=args.baseline)  # fmt: skip
+    out = args.out or source
+    if tuner.accelerator.is_main_process:
+        if plain:
+            write_plain(tuner, source, out, report, args.force)
+        else:
+            if args.out:
+                with new_folder(out, args.force) as work:
+                    shutil.copytree(source, work, dirs_exist_ok=True)
+            write_tuned(tuner, out, report)
+        shutil.rmtree(state, ignore_errors=True)
+        _show(args, report)
+    return {
+        "out": str(out), "labels": report["labels"], "curve": report["curve"], "router": router,
+        "validation_loss_before": report["validation_loss_before"], "stopped_early": report["stopped_early"],
+    }  # fmt: skip
+
+
+def _show(args: argparse.Namespace, report: dict[str, Any]) -> None:
+    table(
+        f"{args.checkpoint}, validation loss {report['validation_loss_before']:.4f} before tuning",
+        ["round", "labels", "training loss", "validation loss", "all tokens right"],
+        [
+            [row["round"], row["labels"], "–" if row["train_loss"] is None else f"{row['train_loss']:.4f}",
+             f"{row['validation_loss']:.4f}", f"{100 * row['validation_exact']:.1f} %"]
+            for row in report["curve"]
+        ],
+    )  # fmt: skip
+    router = report["router"]
+    if router:
+        verdict = "the tuned router stays" if router["kept"] else "no gain was shown, so the sliced router stays"
+        say(
+            f"router, {router['items']} other items: loss {router['sliced_loss']:.4f} sliced, "
+            f"{router['tuned_loss']:.4f} tuned, p = {router['p_value']:.4f}: {verdict}"
+        )
+
+
+def _source(args: argparse.Namespace) -> Path:
+    """Refuse, before anything is loaded, what cannot be tuned."""
+    folder = resolve_model(args.checkpoint)
+    checkpoint = Checkpoint.open(folder)
+    if checkpoint.plan is None and args.baseline is None:
+        raise UsageError(folder, "is a full model, nothing has been cut out of it", "cut it first with leap cut")
+    if checkpoint.plan is not None and not checkpoint.plan.is_uniform:
+        raise UnsupportedError(
+            folder, "its layers differ in experts, top_k or temperature, and transformers holds one of each for all",
+            "tune a plan with equal counts (leap search --allocation uniform)",
+        )  # fmt: skip
+    if checkpoint.overlays and not (args.force and args.out is None):
+        raise UsageError(folder, "has tuned parts already", "pass --force without --out to tune it anew")
+    if args.baseline and args.out is None:
+        raise UsageError("--baseline", "writes whole weights", "name a folder for them with --out")
+    if (args.baseline or "").startswith("kd") and not args.teacher:
+        raise UsageError(f"--baseline {args.baseline}", "learns from the full model", "name it with --teacher")
+    if args.out and args.out.exists() and any(args.out.iterdir()) and not args.force:
+        raise UsageError(args.out, "exists and is not empty", "choose another --out, or pass --force to replace it")
+    return folder
+
+
+def _tuner(args: argparse.Namespace, source: Path) -> Any:
+    from leap_training.tune import Tuner
+
+    config, data = _config(args), _data(args)
+    state = args.state or source.parent / f"{source.name}.tune"
+    return Tuner(source, data, config, state)
+
+
+def _config(args: argparse.Namespace) -> TuneConfig:
+    import torch
+
+    from leap_training.active_learning import Acquisition
+    from leap_training.routing_agent import Exploration, RouterConfig
+    from leap_training.tune import TuneConfig
+
+    rival = args.baseline is not None
+    return TuneConfig(
+        rounds=args.rounds, labels=args.labels, steps=args.steps, batch=args.batch, accumulate=args.accumulate,
+        learning_rate=args.learning_rate, experts="full" if rival else "none" if args.no_lora else "lora",
+        rank=args.rank, adapter_l2=args.adapter_l2, rl_router=not (rival or args.no_rl_router),
+        supervised_router=rival or args.supervised_router, router_warmup=args.router_warmup,
+        router_every=args.router_every, patience=args.patience, seed=args.seed,
+        dtype=args.dtype or ("bfloat16" if torch.cuda.is_available() and not rival else "float32"),
+        checkpointing=args.checkpointing,
+        router=RouterConfig(learning_rate=args.router_learning_rate, kl_coef=args.kl_coef, ent_coef=args.ent_coef,
+                            latency_coef=args.latency_coef),
+        exploration=Exploration(args.exploration, args.noise, args.epsilon),
+        acquisition=Acquisition(strategy="random" if rival or args.no_active_learning else "active",
+                                div_coef=args.div_coef),
+    )  # fmt: skip
+
+
+def _data(args: argparse.Namespace) -> TuneData:
+    from leap_training.splits import validation_part
+    from leap_training.tune import TuneData
+
+    if bool(args.task) == (args.data is not None) and args.task not in PUBLISHED:
+        raise UsageError("--task, --data", "exactly one is needed", "give one of them")
+    if args.task is None:
+        return _from_file(args)
+    task = load_task(args.task, args.data)
+    stopping, router = (validation_part(task, name, args.held_out, args.seed) for name in ("stopping", "router"))
+    return TuneData(task.items("train", args.pool, args.seed), task.items("test", None, args.seed), stopping, router)
+
+
+def _from_file(args: argparse.Namespace) -> TuneData:
+    """5 % of the user's items are held out; which ones follows from their text."""
+    from leap_serve.tasks.base import fingerprint
+    from leap_training.tune import TuneData
+
+    items = list({fingerprint(item): item for item in items_from_file(args.data)}.values())
+    held = sorted(items, key=fingerprint)[: max(2, len(items) // 20)]
+    names = {fingerprint(item) for item in held}
+    pool = [item for item in items if fingerprint(item) not in names]
+    if not pool:
+        raise UsageError(args.data, f"holds {len(items)} different items", "give at least 3")
+    return TuneData(pool[: args.pool], [], held[0::2], held[1::2])

@@ -1,0 +1,368 @@
+"""Repair and specialise a cut checkpoint: router warm-up, then router and experts in turn (LEAP §3.4, eq. 18).
+
+Rounds of active learning enlarge the labelled set; of its items every tick takes a minibatch. A router step (adapters
+frozen) is an exploratory rollout and a PPO update; an expert step (routers frozen, deterministic top-k) is AdamW on
+LoRA adapters of the retained experts. All randomness is a function of (seed, tick), so the tick IS the state of the
+random numbers, and a run that was killed continues to the same curve.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from leap_serve.checkpoint import Checkpoint
+from leap_serve.encoding import items_sha256
+from leap_serve.errors import LeapError, UsageError
+from leap_serve.tasks.base import Item
+from leap_training.active_learning import Acquisition, Pool, collect
+from leap_training.adapters import wrap
+from leap_training.batches import Batch, collate, token_losses, use_fast_experts
+from leap_training.ppo import Rollout
+from leap_training.routing_agent import Exploration, RouterConfig, RoutingAgent, collect_rollout, improve
+from leap_training.tune_state import copy_into, load_optimizer, optimizer_tensors, read_state, write_state
+
+Report = Callable[[int, int, str], None]
+Objective = Callable[[Batch, torch.Tensor, float], torch.Tensor]
+"""(batch, logits [B, S, V], answer tokens of the whole minibatch) → what is added to the loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class TuneConfig:
+    """Settings; the defaults of labels and rounds are the paper's.
+
+    Args:
+        rounds, labels: batches of active learning, and items in each (B).
+        steps: expert steps of the whole run.
+        batch, accumulate: items of a step, and in how many parts they pass through the model.
+        learning_rate: of the experts, rising over ``lr_warmup`` steps and falling linearly to 0.
+        experts: "lora" adapters, "full" weights, or "none".
+        rank: of the adapters; alpha equals it.
+        adapter_l2: μ of eq. 18, as AdamW's decoupled weight decay.
+        rl_router: whether there are router steps.
+        supervised_router: whether expert steps also move the routers, by the gradient through their weights.
+        router_warmup: router steps before the first expert step.
+        router_every: expert steps per router step afterwards.
+        patience: rounds without a better validation loss after which the run ends; 0 never ends it early.
+        save_every: ticks between two states on disk; the end of a round is always one.
+    """
+
+    rounds: int = 10
+    labels: int = 1024
+    steps: int = 4000
+    batch: int = 32
+    accumulate: int = 1
+    learning_rate: float = 3e-3
+    lr_warmup: int = 50
+    experts: Literal["lora", "full", "none"] = "lora"
+    rank: int = 16
+    adapter_l2: float = 0.01
+    rl_router: bool = True
+    supervised_router: bool = False
+    router_warmup: int = 20
+    router_every: int = 4
+    router: RouterConfig = field(default_factory=RouterConfig)
+    exploration: Exploration = field(default_factory=Exploration)
+    acquisition: Acquisition = field(default_factory=Acquisition)
+    patience: int = 3
+    save_every: int = 100
+    dtype: str = "float32"
+    checkpointing: bool = False
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise UsageError that lists everything that cannot be run."""
+        positive = ("rounds", "labels", "steps", "batch", "accumulate", "rank", "router_every", "save_every")
+        wrong = [f"{name} is {getattr(self, name)}" for name in positive if getattr(self, name) < 1]
+        if self.steps % self.rounds:
+            wrong.append(f"{self.steps} steps do not divide into {self.rounds} rounds")
+        if self.experts == "none" and not (self.rl_router or self.supervised_router):
+            wrong.append("nothing is left to tune")
+        if self.experts == "full" and self.dtype != "float32":
+            wrong.append("AdamW on the experts' own weights needs float32")
+        if wrong:
+            raise UsageError("leap tune", "; ".join(wrong), "correct these settings")
+
+
+@dataclass(frozen=True, slots=True)
+class TuneData:
+    """Disjoint items: the pool, the test items that it must not hold, and two parts of the validation split."""
+
+    pool: Sequence[Item]
+    tests: Sequence[Item]
+    stopping: Sequence[Item]
+    router: Sequence[Item]
+
+    @property
+    def sha256(self) -> str:
+        """Identifies all of them."""
+        return items_sha256([*self.pool, *self.stopping, *self.router])
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a run has done; all of it is JSON.
+
+    Args:
+        tick: router warm-up steps and expert steps done.
+        losses, rewards: training losses and PPO metrics since the round began.
+        curve: a row per round.
+        best: row number of the lowest validation loss, or −1.
+        stopped: whether early stopping has ended the run.
+    """
+
+    tick: int = 0
+    losses: list[float] = field(default_factory=list)
+    rewards: list[dict[str, float]] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    best: int = -1
+    stopped: bool = False
+
+
+class Tuner:
+    """One tuning run of one checkpoint; ``state`` is the folder it can be resumed from."""
+
+    def __init__(
+        self,
+        folder: Path,
+        data: TuneData,
+        config: TuneConfig,
+        state: Path | None = None,
+        extra: Objective | None = None,
+    ) -> None:
+        config.check()
+        self.config, self.data, self.state, self.extra = config, data, state, extra
+        self.accelerator = Accelerator()
+        self.checkpoint = Checkpoint.open(folder)
+        self.pool = Pool(data.pool, data.tests)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        dtype = getattr(torch, config.dtype)
+        base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(self.accelerator.device)
+        base.requires_grad_(False)
+        use_fast_experts(base)
+        if config.checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        self.agent = RoutingAgent(base, self.checkpoint.family, config.exploration)
+        torch.manual_seed(config.seed)
+        self.base, self.model = base, wrap(base, config.rank, config.rank) if config.experts == "lora" else base
+        self.experts = self._experts()
+        self.routers = {f"router.{name}": p for name, p in self.agent.heads.named_parameters()}
+        moved = list(self.experts.values()) + (list(self.routers.values()) if config.supervised_router else [])
+        self.optimizer = (
+            torch.optim.AdamW(moved, lr=config.learning_rate, weight_decay=config.adapter_l2) if moved else None
+        )
+        self.policy_names = {**self.routers, "value": self.agent.value}
+        self.policy_optimizer = torch.optim.AdamW(
+            self.policy_names.values(), lr=config.router.learning_rate, weight_decay=0.0
+        )
+        self.progress = Progress()
+        self.best: dict[str, torch.Tensor] = {}
+        self._resume()
+
+    @property
+    def tuned(self) -> dict[str, torch.Tensor]:
+        """Everything that the run may change in the model."""
+        return {**self.experts, **self.routers}
+
+    @property
+    def total(self) -> int:
+        """Ticks of a whole run."""
+        return self._warmup + self.config.steps
+
+    @property
+    def _warmup(self) -> int:
+        return self.config.router_warmup if self.config.rl_router else 0
+
+    def run(self, report: Report | None = None) -> None:
+        """Tune to the end, or until early stopping, and leave the best round's weights in the model."""
+        progress = self.progress
+        while progress.tick < self.total and not progress.stopped:
+            self._tick()
+            progress.tick += 1
+            step = progress.tick - self._warmup
+            ended = step > 0 and step % (self.config.steps // self.config.rounds) == 0
+            if ended:
+                self._end_round()
+            if ended or progress.tick % self.config.save_every == 0:
+                self._save()
+            if report is not None:
+                last = progress.curve[-1]["validation_loss"] if progress.curve else float("nan")
+                report(progress.tick, self.total, f"{len(self.pool.labelled)} labels, validation loss {last:.4f}")
+        copy_into(self.tuned, self.best, "")
+
+    def item_losses(self, items: Sequence[Item]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Mean loss per answer token of each item, and whether every one of its tokens is the likeliest."""
+        losses, exact = [], []
+        for batch in self._parts(collate(self.tokenizer, items, 0.0), 64):
+            with torch.no_grad():
+                logits = self._logits(batch)
+                weights = batch.weights[:, 1:]
+                losses.append((token_losses(logits, batch) * weights).sum(1) / weights.sum(1))
+                right = (logits[:, :-1].argmax(-1) == batch.ids[:, 1:]) | (weights == 0)
+                exact.append(right.all(1))
+        return torch.cat(losses).double().cpu().numpy(), torch.cat(exact).cpu().numpy()
+
+    def _tick(self) -> None:
+        """One step: of the router alone while warming up, then of the experts, every so often after a router step."""
+        config, step = self.config, self.progress.tick - self._warmup
+        per_round = config.steps // config.rounds
+        number, place = divmod(max(step, 0), per_round)
+        if self.pool.rounds == number:
+            self._label()
+        items = self._minibatch(number, place) if step >= 0 else self._minibatch(-1, self.progress.tick)
+        batch = collate(self.tokenizer, items, 0.0).to(self.accelerator.device)
+        if config.rl_router and (step < 0 or step % config.router_every == 0):
+            self.progress.rewards.append(self._router_step(batch))
+        if step >= 0 and self.optimizer is not None:
+            self.progress.losses.append(self._expert_step(batch, step))
+
+    def _label(self) -> None:
+        """Add a batch to the labelled items."""
+        how = self.config.acquisition
+        features = None
+        if how.strategy != "random":
+            features = collect(self.model, self.tokenizer, self.pool.unlabelled, how)
+        self.pool.select(self.config.labels, how, features, self.config.seed)
+
+    def _minibatch(self, number: int, place: int) -> list[Item]:
+        """The items of a step: labelled items in an order that is shuffled anew each epoch of each round."""
+        items, size = self.pool.labelled, self.config.batch
+        chosen: list[Item] = []
+        for position in range(place * size, (place + 1) * size):
+            epoch, index = divmod(position, len(items))
+            if not chosen or index == 0:
+                order = random.Random(f"{self.config.seed}/{number}/{epoch}").sample(range(len(items)), len(items))
+            chosen.append(items[order[index]])
+        return chosen
+
+    def _router_step(self, batch: Batch) -> dict[str, float]:
+        """A rollout and a PPO update, the adapters frozen; with several processes each rolls out its own rows."""
+        accelerator, config = self.accelerator, self.config
+        rank, world = accelerator.process_index, accelerator.num_processes
+        own = Batch(*(t[rank::world] for t in batch))
+        drawn = np.random.default_rng([config.seed, self.progress.tick, rank]).integers(2**62)
+        generator = torch.Generator().manual_seed(int(drawn))
+        self.agent.heads.requires_grad_(True)
+        rollout, found = collect_rollout(
+            self.agent, lambda: token_losses(self._logits(own), own), own, config.router, generator
+        )
+        if world > 1:
+            parts = (rollout.observations, rollout.actions, rollout.logprobs, rollout.values, rollout.advantages,
+                     rollout.returns)  # fmt: skip
+            states, actions, *rest = (accelerator.gather(part) for part in parts)
+            rollout = Rollout(states, actions, None, *rest)
+        # The same order of minibatches in every process, so that the routers stay equal.
+        same = torch.Generator().manual_seed(config.seed * 1_000_003 + self.progress.tick)
+        return {**found, **improve(self.agent, self.policy_optimizer, rollout, config.router, same)}
+
+    def _expert_step(self, batch: Batch, step: int) -> float:
+        """One step of AdamW under the deterministic policy; returns the mean loss per answer token."""
+        accelerator, config = self.accelerator, self.config
+        assert self.optimizer is not None
+        rate = min(1.0, (step + 1) / max(1, config.lr_warmup)) * (1 - step / config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * rate
+        self.optimizer.zero_grad(set_to_none=True)
+        answer_tokens = float(batch.weights[:, 1:].sum())
+        own = Batch(*(t[accelerator.process_index :: accelerator.num_processes] for t in batch))
+        total = torch.zeros((), device=accelerator.device)
+        self.agent.heads.requires_grad_(config.supervised_router)
+        for part in self._parts(own, -(-len(own.ids) // config.accumulate)):
+            logits = self._logits(part)
+            loss = (token_losses(logits, part) * part.weights[:, 1:]).sum() / answer_tokens
+            total += loss.detach()
+            if self.extra is not None:
+                loss = loss + self.extra(part, logits, answer_tokens)
+            loss.backward()
+        moved = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if accelerator.num_processes > 1:
+            for parameter in moved:
+                parameter.grad = accelerator.reduce(parameter.grad, "sum")
+            total = accelerator.reduce(total, "sum")
+        torch.nn.utils.clip_grad_norm_(moved, 1.0)
+        self.optimizer.step()
+        return float(total)
+
+    def _logits(self, batch: Batch) -> torch.Tensor:
+        return self.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+
+    def _parts(self, batch: Batch, rows: int) -> Iterator[Batch]:
+        for parts in zip(*(t.to(self.accelerator.device).split(max(1, rows)) for t in batch), strict=True):
+            yield Batch(*parts)
+
+    def _end_round(self) -> None:
+        """Measure on the validation part, remember the best weights, and decide whether to stop."""
+        progress = self.progress
+        losses, exact = self.item_losses(self.data.stopping)
+        row: dict[str, Any] = {
+            "round": len(progress.curve) + 1, "labels": len(self.pool.labelled), "tick": progress.tick,
+            "train_loss": float(np.mean(progress.losses)) if progress.losses else None,
+            "validation_loss": float(losses.mean()), "validation_exact": float(exact.mean()),
+        }  # fmt: skip
+        if progress.rewards:
+            row["router"] = {key: float(np.mean([m[key] for m in progress.rewards])) for key in progress.rewards[0]}
+        progress.curve.append(row)
+        progress.losses, progress.rewards = [], []
+        if progress.best < 0 or row["validation_loss"] < progress.curve[progress.best]["validation_loss"]:
+            progress.best = len(progress.curve) - 1
+            self.best = {name: p.detach().clone() for name, p in self.tuned.items()}
+        waited = len(progress.curve) - 1 - progress.best
+        progress.stopped = 0 < self.config.patience <= waited
+
+    def _experts(self) -> dict[str, torch.Tensor]:
+        """Name → parameter of what expert steps train, besides routers."""
+        wanted = {"lora": ".lora_", "full": ".experts.", "none": "no parameter has this name"}[self.config.experts]
+        found = {name: p for name, p in self.model.named_parameters() if wanted in name}
+        for parameter in found.values():
+            # AdamW's steps would be lost in bf16; PEFT rounds the sum, not the adapter.
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        return found
+
+    def _settings(self) -> dict[str, Any]:
+        """What a state must agree in with the run that takes it up."""
+        own = {key: value for key, value in asdict(self.config).items() if key != "save_every"}
+        return {"config": own, "data_sha256": self.data.sha256, "model": self.checkpoint.identity().sha256}
+
+    def _save(self) -> None:
+        if self.state is None or not self.accelerator.is_main_process:
+            return
+        tensors = {f"now.{name}": p for name, p in self.tuned.items()}
+        tensors |= {f"best.{name}": p for name, p in self.best.items()}
+        tensors |= {"now.value": self.agent.value}
+        tensors |= {f"policy.{k}": v for k, v in optimizer_tensors(self.policy_optimizer, self.policy_names).items()}
+        if self.optimizer is not None:
+            tensors |= {f"adam.{key}": value for key, value in optimizer_tensors(self.optimizer, self.tuned).items()}
+        write_state(
+            self.state, tensors,
+            {"settings": self._settings(), "progress": asdict(self.progress), "pool": self.pool.state()},
+        )  # fmt: skip
+
+    def _resume(self) -> None:
+        found = read_state(self.state) if self.state is not None else None
+        if found is None:
+            return
+        tensors, facts = found
+        if facts["settings"] != self._settings():
+            raise LeapError(
+                str(self.state), "holds a run with other settings, data or model", "give another --state, or remove it"
+            )
+        copy_into({**self.tuned, "value": self.agent.value}, tensors, "now.")
+        self.best = {name[5:]: t.to(self.accelerator.device) for name, t in tensors.items() if name.startswith("best.")}
+        load_optimizer(self.policy_optimizer, self.policy_names, _under(tensors, "policy."))
+        if self.optimizer is not None:
+            load_optimizer(self.optimizer, self.tuned, _under(tensors, "adam."))
+        self.progress = Progress(**facts["progress"])
+        self.pool.load_state(facts["pool"])
+
+
+def _under(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,108 @@
+"""What a tuning run leaves: whether the tuned router stays, the overlays beside the cut, and tune.json."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from leap_serve.adapter import RouterHead, write_overlays
+from leap_serve.checkpoint import MANIFEST
+from leap_serve.files import new_folder, write_json
+from leap_serve.provenance import made_by, versions
+from leap_training.adapters import save
+from leap_training.tune import Tuner
+
+REPORT = "tune.json"
+SIGNIFICANT = 0.05
+FLIPS = 10_000
+
+Losses = npt.NDArray[np.float64]
+
+
+def sign_flip_test(differences: Losses, seed: int = 0) -> float:
+    """One-sided p-value that the mean of paired differences is above 0, by flipping their signs at random.
+
+    Under «no difference» each pair is as likely either way round; p counts the flips that reach the observed mean,
+    the observation itself among them (Phipson and Smyth 2010), so it is never 0.
+    """
+    random = np.random.default_rng(seed)
+    reached, done = 1, 0
+    while done < FLIPS:
+        count = min(1000, FLIPS - done)
+        signs = random.choice((-1.0, 1.0), size=(count, len(differences)))
+        reached += int((signs @ differences >= differences.sum() - 1e-12).sum())
+        done += count
+    return reached / (FLIPS + 1)
+
+
+def keep_router(tuner: Tuner) -> dict[str, Any]:
+    """Compare the tuned with the sliced routers on the validation part kept for this, and reset them if they lose.
+
+    The adapters are the same in both; the tuned routers stay where their loss per answer token is lower in a paired
+    test over items at 5 %.
+    """
+    items = tuner.data.router
+    tuned, _ = tuner.item_losses(items)
+    with tuner.agent.sliced():
+        sliced, _ = tuner.item_losses(items)
+    gain = sliced - tuned
+    p = sign_flip_test(gain, tuner.config.seed)
+    kept = bool(gain.mean() > 0 and p < SIGNIFICANT)
+    if not kept:
+        tuner.agent.reset()
+    return {
+        "kept": kept, "items": len(items), "tuned_loss": float(tuned.mean()), "sliced_loss": float(sliced.mean()),
+        "gain": float(gain.mean()), "p_value": p,
+    }  # fmt: skip
+
+
+def report_of(tuner: Tuner, router: Mapping[str, Any] | None, before: float, **more: Any) -> dict[str, Any]:
+    """The content of tune.json: settings, labels, the curve, the router's test, and where it came from."""
+    progress = tuner.progress
+    return {
+        "config": asdict(tuner.config), "labels": len(tuner.pool.labelled), "pool": len(tuner.pool),
+        "data_sha256": tuner.data.sha256, "validation_loss_before": before, "curve": progress.curve,
+        "best_round": progress.best + 1, "stopped_early": progress.stopped, "router": router,
+        "fingerprint": tuner.checkpoint.plan.fingerprint if tuner.checkpoint.plan else None,
+        "made_by": made_by(**more), "versions": versions(),
+    }  # fmt: skip
+
+
+def write_tuned(tuner: Tuner, folder: Path, report: Mapping[str, Any]) -> None:
+    """Put the adapters, the tuned routers if they stay, and tune.json beside the cut in ``folder``."""
+    moved = bool(report["router"] and report["router"]["kept"])
+    head = {
+        layer: RouterHead(rows["weight"].to(tuner.base.dtype), rows["bias"].to(tuner.base.dtype) if "bias" in rows else None)
+        for layer, rows in tuner.agent.router_head().items()
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        adapter = Path(scratch) / "adapter" if tuner.config.experts == "lora" else None
+        if adapter is not None:
+            save(tuner.model, adapter)
+        write_overlays(folder, router_head=head if moved else None, adapter=adapter, made_by=report["made_by"])
+    write_json(folder / REPORT, dict(report))
+
+
+def write_plain(tuner: Tuner, source: Path, out: Path, report: Mapping[str, Any], force: bool) -> None:
+    """Write a whole checkpoint with the tuned experts and routers in their places, in the dtype of the cut."""
+    dtype = getattr(torch, str(tuner.checkpoint.config.get("dtype") or "float32"))
+    with new_folder(out, force) as work:
+        tuner.agent.close()
+        with torch.no_grad():
+            for head in tuner.agent.heads:
+                head.router.weight.copy_(head.weight)
+                if head.bias is not None:
+                    head.router.bias.copy_(head.bias)
+        tuner.base.to(dtype).save_pretrained(work)
+        tuner.tokenizer.save_pretrained(work)
+        if (source / MANIFEST).exists():
+            shutil.copyfile(source / MANIFEST, work / MANIFEST)
+        write_json(work / REPORT, dict(report))
