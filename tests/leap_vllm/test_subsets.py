@@ -215,6 +215,9 @@ def test_a_replaced_method_comes_back() -> None:
     undo_first = replace_method(owner, "name", lambda: "first")
     undo_second = replace_method(owner, "name", lambda: "second")
     assert owner.name() == "second"
+    with pytest.raises(RuntimeError, match=r"Owner\.name has been hooked again"):
+        undo_first()
+    assert owner.name() == "second"
     undo_second()
     assert owner.name() == "first"
     undo_first()

@@ -40,13 +40,6 @@ PROBES: Mapping[str, tuple[str, ...]] = {
     "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.load_model": ("vllm_config", "model_config"),
 }  # fmt: skip
 """Callable in vLLM → parameters that we rely on."""
-SUBSET_PROBES: Mapping[str, tuple[str, ...]] = {
-    f"{_MOE}.router.base_router:BaseRouter._compute_routing": (
-        "hidden_states", "router_logits", "indices_type", "input_ids",
-    ),
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs": ("scheduler_output", "num_scheduled_tokens"),
-}  # fmt: skip
-"""The same, for plans that share a running engine."""
 
 
 # Versions ---------------------------------------------------------------------------------------
@@ -283,34 +276,6 @@ def choosing(name: str, runner: Any) -> Choosing:
     )  # fmt: skip
 
 
-def check_subset_runner(runner: Any) -> None:
-    """Raise UnsupportedError unless tokens of this model runner can be told apart by request, in every step."""
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    if not isinstance(runner, GPUModelRunner):
-        raise UnsupportedError(
-            "plans", "vLLM's V2 model runner prepares its batches otherwise", "set VLLM_USE_V2_MODEL_RUNNER=0"
-        )
-    if not runner.model_config.enforce_eager:
-        raise UnsupportedError("plans", "the engine runs compiled graphs", "open it with enforce_eager=True")
-    if runner.parallel_config.use_ubatching:
-        raise UnsupportedError("plans", "micro-batches overlap (DBO)", "start the engine without enable_dbo")
-    if runner.speculative_config is not None:
-        raise UnsupportedError("plans", "tokens are drafted by another model", "start without speculative decoding")
-    check_signatures(SUBSET_PROBES)
-
-
-def batch_slots(runner: Any, scheduler_output: Any, key: str) -> list[tuple[int, int]]:
-    """Return (value of ``key`` in extra_args or 0, tokens in this step) of each request, in the batch's order."""
-    tokens = scheduler_output.num_scheduled_tokens
-    found = []
-    for request in runner.input_batch.req_ids:
-        params = runner.requests[request].sampling_params
-        extra = (params.extra_args if params is not None else None) or {}
-        found.append((int(extra.get(key, 0)), int(tokens[request])))
-    return found
-
-
 def check_shrinkable(name: str, runner: Any) -> None:
     """Raise UnsupportedError unless all of an MoE layer's parameters are plain tensors with one row per expert."""
     experts = runner.routed_experts
@@ -335,10 +300,22 @@ def sizes_of(runner: Any, num_experts: int, top_k: int) -> list[tuple[Any, str, 
 
 
 def replace_method(owner: Any, name: str, method: Callable[..., Any]) -> Callable[[], None]:
-    """Give one object a method of its own; returns what takes it away, or brings back the one it had."""
+    """Give one object a method of its own; returns what takes it away, or brings back the one it had.
+
+    Hooks on the same method come off in the reverse order: RuntimeError otherwise, since one would be lost.
+    """
     before = vars(owner).get(name)
     setattr(owner, name, method)
-    return lambda: delattr(owner, name) if before is None else setattr(owner, name, before)
+
+    def undo() -> None:
+        if vars(owner).get(name) is not method:
+            raise RuntimeError(f"{type(owner).__name__}.{name} has been hooked again since; take that hook off first")
+        if before is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+    return undo
 
 
 def packed_elements(model: nn.Module) -> int:
