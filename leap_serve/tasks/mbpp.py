@@ -56,8 +56,8 @@ def _item(row: Row, where: str) -> Item:
     before = "".join(f"{ast.unparse(part)}\n\n" for part in module.body if part is not function)
     header, body = _header_and_body(function)
     docstring = "\n    ".join([text.strip().replace("\\", "\\\\").replace('"""', "'''"), *_example(asserts[0])])
-    lines = [*setup.replace("\r\n", "\n").splitlines(), "def check(candidate):"]
-    lines += [f"    {ast.unparse(one)}" for one in asserts]
+    # The asserts stand before check() and not in it: some of MBPP's own functions are called check.
+    lines = [setup.replace("\r\n", "\n"), *map(ast.unparse, asserts), "def check(candidate):", "    pass"]
     return Item(
         id=f"mbpp/{row.get('task_id', where)}",
         prompt=f'{before}{header}\n    """{docstring}\n    """\n',

@@ -116,11 +116,12 @@ class Source:
 
 def held_out(items: Sequence[Item], share: float = HELD_OUT) -> tuple[list[Item], list[Item]]:
     """Divide items into train and validation: the ``share`` with the lowest fingerprints, whatever their order."""
-    keys = sorted(fingerprint(item) for item in items)
-    if not keys:
-        return [], []
-    bound = keys[max(1, round(share * len(keys))) - 1]
-    return [i for i in items if fingerprint(i) > bound], [i for i in items if fingerprint(i) <= bound]
+    keys = [fingerprint(item) for item in items]
+    bound = sorted(keys)[: max(1, round(share * len(keys)))][-1:]
+    parts: tuple[list[Item], list[Item]] = [], []
+    for item, key in zip(items, keys, strict=True):
+        parts[[key] <= bound].append(item)
+    return parts
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
