@@ -1,8 +1,7 @@
-"""The pruning agent against an exact oracle: its distribution, its search, its state on disk, and the controls."""
+"""The pruning agent against an exact oracle: its distribution, its search, and its state on disk."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -14,7 +13,6 @@ import torch
 
 from leap_serve.errors import CheckpointError, LeapError, UsageError
 from leap_serve.plan import Plan
-from leap_training.controls import SEARCHES
 from leap_training.pruning_agent import Agent, AgentConfig, search
 from leap_training.pruning_policy import Episodes
 from leap_training.pruning_space import Ledger, Reward
@@ -202,18 +200,6 @@ def test_losses_that_are_no_numbers_are_refused() -> None:
     for answer in ([math.nan], [], [1.0, 2.0]):
         with pytest.raises(LeapError, match="score_plans"):
             Ledger(lambda plans, answer=answer: answer, space)([space.best_of(SCORES)])  # type: ignore[misc]
-
-
-@pytest.mark.parametrize(("name", "allocation"), list(itertools.product(SEARCHES, ["uniform", "global"])))
-def test_controls_spend_what_they_are_given_on_legal_plans(name: str, allocation: str) -> None:
-    oracle = Oracle()
-    book = ledger(oracle, allocation)
-    SEARCHES[name](book, SCORES, 60, 0)
-    legal = {subset.tobytes() for subset in all_subsets(book.space)}
-    assert oracle.asked == book.evaluations == 60 and set(book.losses) <= legal
-    if name != "random-search":
-        assert next(iter(book.losses)) == book.space.best_of(SCORES).tobytes()
-        assert book.best()[2] < oracle.loss(book.space.best_of(SCORES))
 
 
 def test_the_plan_says_what_made_it(tmp_path: Path) -> None:

@@ -1,20 +1,57 @@
-"""Searches without learning, at the same number of plan evaluations as the agent's (methods.md §2)."""
+"""Searches without a policy, at the same number of plan evaluations as the agent's (methods.md §2)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
+from leap_serve.errors import LeapError, UsageError
+from leap_serve.tasks.base import Item
 from leap_training.pruning_space import Chosen, Ledger, PruningSpace
 from leap_training.saliency import Scores
 
+if TYPE_CHECKING:
+    from leap_training.rco import Cost
+
 Report = Callable[[Ledger], None]
 """Called after every batch of evaluations."""
+PARENTS = 16
+"""The best plans so far that an evolution breeds from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What a method that learns by gradients needs beside the ledger.
+
+    Args:
+        model: folder of the full checkpoint.
+        items: those that the ledger's losses are of, so that no method sees more data than another.
+    """
+
+    model: Path
+    items: Sequence[Item]
+
+
+Search = Callable[[Ledger, Scores, int, int, Report | None, Material | None], "Cost | None"]
+"""(ledger, scores to start at, evaluations in all, seed, report, material): fills the ledger, whose best is the find.
+
+Returns what it cost where that is more than the ledger's evaluations."""
 
 
 def random_subsets(
-    ledger: Ledger, scores: Scores, evaluations: int, seed: int, report: Report | None = None, batch: int = 16
+    ledger: Ledger,
+    scores: Scores,
+    evaluations: int,
+    seed: int,
+    report: Report | None = None,
+    material: Material | None = None,
+    *,
+    batch: int = 16,
 ) -> None:
     """Evaluate uniformly random legal subsets."""
     random = np.random.default_rng(seed)
@@ -22,14 +59,25 @@ def random_subsets(
 
 
 def greedy(
-    ledger: Ledger, scores: Scores, evaluations: int, seed: int, report: Report | None = None, batch: int = 16
+    ledger: Ledger,
+    scores: Scores,
+    evaluations: int,
+    seed: int,
+    report: Report | None = None,
+    material: Material | None = None,
+    *,
+    batch: int = 16,
 ) -> None:
-    """Hill-climb from the ranking's plan: try ``batch`` random single swaps of the best plan, keep the best.
+    """Add experts one after the other, each the best of several candidates, then swap single experts.
 
-    Where no single swap is new any more, two are made at once, then three, and so on.
+    Adding begins with every layer's top_k highest-ranked experts and spends half of the evaluations; candidates
+    are drawn by their share of their layer's saliency. Swapping tries ``batch`` random single swaps of the best plan
+    at once, the ranking's own plan included, and keeps the best; where no single swap is new any more, two are made
+    at once, then three, and so on.
     """
     random = np.random.default_rng(seed)
     ledger([ledger.space.best_of(scores)], evaluations)
+    _add(ledger, scores, evaluations, random, report)
 
     def neighbour(known: Ledger, idle: int) -> Chosen:
         made = known.best()[0]
@@ -41,7 +89,14 @@ def greedy(
 
 
 def evolution(
-    ledger: Ledger, scores: Scores, evaluations: int, seed: int, report: Report | None = None, batch: int = 16
+    ledger: Ledger,
+    scores: Scores,
+    evaluations: int,
+    seed: int,
+    report: Report | None = None,
+    material: Material | None = None,
+    *,
+    batch: int = 16,
 ) -> None:
     """Evolve a population of the 16 best plans so far, begun with the ranking's plan and mutants of it.
 
@@ -50,15 +105,15 @@ def evolution(
     random = np.random.default_rng(seed)
     start = ledger.space.best_of(scores)
     ledger([start], evaluations)
+    begun = ledger.evaluations
 
     def child(known: Ledger, idle: int) -> Chosen:
-        if known.evaluations < batch:
+        if known.evaluations < begun + batch:
             made = start
             for _ in range(int(random.integers(1, 9))):
                 made = swapped(made, known.space, random)
             return made
-        keys = sorted(known.rewards, key=lambda key: -known.rewards[key])[:16]
-        one, other = (known.subset(keys[random.integers(0, len(keys), 2).min()]) for _ in range(2))
+        one, other = _parent(known, random), _parent(known, random)
         mixed = np.where(random.random(len(one))[:, None] < 0.5, one, other)
         # With unequal counts a mixture of layers may miss the budget; then the first parent stands.
         made = mixed if mixed.sum() == known.space.budget else one
@@ -67,6 +122,80 @@ def evolution(
         return made
 
     _spend(ledger, child, evaluations, batch, report)
+
+
+def evolve_counts(
+    ledger: Ledger,
+    scores: Scores,
+    evaluations: int,
+    seed: int,
+    report: Report | None = None,
+    material: Material | None = None,
+    *,
+    batch: int = 16,
+) -> None:
+    """Evolve how many experts each layer keeps, the ranking within layers being fixed (in EvoESAP's manner).
+
+    Begun with the global ranking's counts and with equal ones. A child is one of the 16 best plans, drawn by binary
+    tournaments, after one to three level switches: some experts fewer in one layer, as many more in another. Raises
+    UsageError where the allocation is uniform: its counts are fixed.
+    """
+    check_method("evo-counts", ledger.space)
+    random, space = np.random.default_rng(seed), ledger.space
+    order = np.stack([np.argsort(-np.asarray(scores[layer]), kind="stable") for layer in space.layers])
+
+    def plan_of(counts: npt.NDArray[np.int64]) -> Chosen:
+        chosen = np.zeros(space.shape, bool)
+        np.put_along_axis(chosen, order, np.arange(space.shape[1]) < counts[:, None], 1)
+        return chosen
+
+    start = space.best_of(scores)
+    ledger([start, plan_of(_even(space))], evaluations)
+    own = {start.tobytes(), plan_of(_even(space)).tobytes()}
+
+    def child(known: Ledger, idle: int) -> Chosen:
+        # What others put into the ledger is not of this ranking.
+        counts = _parent(known, random, own).sum(1)
+        for _ in range(int(random.integers(1, 4))):
+            counts = _switched(counts, space, random, 4 + idle)
+        own.add(plan_of(counts).tobytes())
+        return plan_of(counts)
+
+    _spend(ledger, child, evaluations, batch, report)
+
+
+def learn_scores(
+    ledger: Ledger,
+    scores: Scores,
+    evaluations: int,
+    seed: int,
+    report: Report | None = None,
+    material: Material | None = None,
+) -> Cost:
+    """:func:`leap_training.rco.rco` on the material's model and items."""
+    from leap_training.rco import rco
+
+    if material is None:
+        raise LeapError("--method rco", "learns from the model itself", "give its folder and the items as Material")
+    return rco(material.model, ledger, scores, material.items, evaluations, seed, report)
+
+
+SEARCHES: Mapping[str, Search] = {
+    "random-search": random_subsets,
+    "greedy": greedy,
+    "evolution": evolution,
+    "evo-counts": evolve_counts,
+    "rco": learn_scores,
+}
+
+
+def check_method(name: str, space: PruningSpace) -> None:
+    """Raise UsageError where a method has nothing to search in a space; to be asked before a model is loaded."""
+    if name == "evo-counts" and space.uniform:
+        raise UsageError(
+            "--method evo-counts", "chooses how many experts each layer keeps, and --allocation uniform fixes that",
+            "add --allocation global",
+        )  # fmt: skip
 
 
 def swapped(chosen: Chosen, space: PruningSpace, random: np.random.Generator) -> Chosen:
@@ -86,14 +215,78 @@ def swapped(chosen: Chosen, space: PruningSpace, random: np.random.Generator) ->
     return out
 
 
+def _add(ledger: Ledger, scores: Scores, evaluations: int, random: np.random.Generator, report: Report | None) -> None:
+    """Greedy forward selection over the space's schedule, on half of the evaluations that are left."""
+    space = ledger.space
+    found = np.stack([np.asarray(scores[layer], np.float64) for layer in space.layers])
+    share = np.log(np.maximum(found / np.maximum(found.sum(1, keepdims=True), 1e-300), 1e-9))
+    chosen, picks = np.zeros(space.shape, bool), list(space.schedule)
+    while not space.complete(chosen):
+        open_ = _open(space, chosen, picks.pop(0))
+        chosen.flat[np.where(open_, share, -np.inf).argmax()] = True
+    width = (evaluations - ledger.evaluations) // 2 // max(1, len(picks))
+    for layer in picks if width else []:
+        open_ = _open(space, chosen, layer)
+        # Gumbel-top-k: candidates without repetition, drawn by their share.
+        drawn = np.where(open_, share + random.gumbel(size=space.shape), -np.inf).ravel()
+        candidates = []
+        for place in drawn.argsort()[::-1][: min(width, int(open_.sum()))]:
+            candidates.append(chosen.copy())
+            candidates[-1].flat[place] = True
+        rewards = ledger(candidates, evaluations)
+        chosen = candidates[int(np.argmax([-np.inf if reward is None else reward for reward in rewards]))]
+        if report is not None:
+            report(ledger)
+
+
+def _open(space: PruningSpace, chosen: Chosen, layer: int | None) -> Chosen:
+    """The experts that the pick of this layer (None: of any) may add."""
+    open_ = space.allowed(chosen)
+    if layer is not None:
+        open_[np.arange(len(chosen)) != layer] = False
+    return open_
+
+
 def _random_subset(space: PruningSpace, random: np.random.Generator) -> Chosen:
     chosen = np.zeros(space.shape, bool)
     for layer in space.schedule:
-        open_ = space.allowed(chosen)
-        if layer is not None:
-            open_[np.arange(len(chosen)) != layer] = False
-        chosen.flat[random.choice(np.flatnonzero(open_))] = True
+        chosen.flat[random.choice(np.flatnonzero(_open(space, chosen, layer)))] = True
     return chosen
+
+
+def _parent(known: Ledger, random: np.random.Generator, among: set[bytes] | None = None) -> Chosen:
+    """One of the best plans so far, of the given ones if any are: the better of two."""
+    keys = [key for key in known.rewards if among is None or key in among]
+    best = sorted(keys, key=lambda key: -known.rewards[key])[:PARENTS]
+    return known.subset(best[random.integers(0, len(best), 2).min()])
+
+
+def _even(space: PruningSpace) -> npt.NDArray[np.int64]:
+    """Counts [L] that spend the budget as evenly as the floors allow."""
+    counts = np.array(space.top_k)
+    while counts.sum() < space.budget:
+        counts[np.argmin(counts)] += 1
+    return counts
+
+
+def _switched(
+    counts: npt.NDArray[np.int64], space: PruningSpace, random: np.random.Generator, most: int
+) -> npt.NDArray[np.int64]:
+    """Move up to ``most`` experts' worth of budget from one layer to another, within floors and cap."""
+    giving = np.flatnonzero(counts > np.array(space.top_k))
+    if not len(giving):
+        return counts
+    source = int(random.choice(giving))
+    taking = np.flatnonzero((counts < space.cap) & (np.arange(len(counts)) != source))
+    if not len(taking):
+        return counts
+    target = int(random.choice(taking))
+    room = min(counts[source] - space.top_k[source], space.cap - counts[target], most)
+    moved = counts.copy()
+    size = int(random.integers(1, room + 1))
+    moved[source] -= size
+    moved[target] += size
+    return moved
 
 
 def _spend(
@@ -107,6 +300,3 @@ def _spend(
         idle = idle + 1 if ledger.evaluations == before else 0
         if report is not None:
             report(ledger)
-
-
-SEARCHES = {"random-search": random_subsets, "greedy": greedy, "evolution": evolution}
