@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from leap_serve.checkpoint import Checkpoint, resolve_model
-from leap_serve.engine import Progress, RequestTiming
-from leap_serve.errors import LeapError, UsageError
+from leap_serve.engine import Progress
+from leap_serve.errors import LeapError
+from leap_serve.flops import flops_per_token
 from leap_serve.launch import dying_with_parent
-from leap_serve.measure import Sample, ratio, sample, summary
+from leap_serve.measure import Sample, check_rounds, ratio, summary
 from leap_serve.provenance import command, hardware, versions
 from leap_serve.workload import Workload
 
@@ -58,7 +59,7 @@ class Contender:
             "retained": plan.counts if plan else [checkpoint.num_experts] * len(layers),
             "top_k": [layer.top_k for layer in plan.layers.values()] if plan else [checkpoint.top_k] * len(layers),
             "weights_bytes_on_disk": checkpoint.weight_bytes,
-            "flops_per_token": flops_of(checkpoint),
+            "flops_per_token": flops_per_token(checkpoint),
             "engine": dict(self.engine),
             "env": dict(self.env),
         }
@@ -168,17 +169,10 @@ def measure_rounds(
     for done, (number, index) in enumerate(turns(len(workers), warmup + rounds), 1):
         answer = workers[index].ask("round", ROUND_TIMEOUT_S, workload=workload.to_json(), number=number)
         if number >= warmup:
-            timings = [RequestTiming(tuple(times)) for times in answer["times_s"]]
-            samples[index].append(sample(timings, answer["input_tokens"]))
+            samples[index].append(Sample(**answer))
         if progress is not None:
             progress(done, total)
     return samples
-
-
-def check_rounds(rounds: int, warmup: int) -> None:
-    """Raise UsageError on a number of rounds that measures nothing."""
-    if rounds < 1 or warmup < 0:
-        raise UsageError("--rounds", f"{rounds} rounds after {warmup} of warm-up", "give 1 or more, and 0 or more")
 
 
 def compare(
@@ -204,13 +198,6 @@ def stamped(row: Mapping[str, Any]) -> dict[str, Any]:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     load = [round(value, 2) for value in os.getloadavg()]
     return {**row, "time": now, "command": command(), "versions": versions(), "hardware": hardware(), "load": load}
-
-
-def flops_of(checkpoint: Checkpoint) -> float:
-    """Theoretical FLOPs per decoded token, by the plan (see leap_serve.flops)."""
-    from leap_serve.flops import flops_per_token
-
-    return flops_per_token(checkpoint)
 
 
 def _environment(extra: Mapping[str, str]) -> dict[str, str]:

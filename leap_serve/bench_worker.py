@@ -10,11 +10,12 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from leap_serve.errors import LeapError
-from leap_serve.workload import Workload, vocabulary_of
+from leap_serve.measure import measure_round
+from leap_serve.workload import Workload
 
 
 class Contender:
@@ -25,24 +26,15 @@ class Contender:
         from leap_serve.vllm_engine import VllmEngine
 
         self.engine = VllmEngine(model, **engine)
-        self.vocabulary = vocabulary_of(Path(self.engine.model))
         return {"dtype": self.engine.dtype, "max_model_len": self.engine.max_model_len, "threads": _threads()}
 
     def round(self, workload: Mapping[str, Any], number: int) -> dict[str, Any]:
-        """Run one round of a workload; token times in seconds after the submission."""
-        load = Workload(**workload)
-        prompts = load.prompts(self.vocabulary, number)
-        timings = self.engine.generate_timed(prompts, load.output_tokens)
-        return {"times_s": [timing.token_times_s for timing in timings], "input_tokens": [len(p) for p in prompts]}
+        """Run one round of a workload; returns its Sample."""
+        return asdict(measure_round(self.engine, Workload(**workload), number))
 
     def memory(self) -> dict[str, Any]:
         """Report bytes held."""
-        held = self.engine.memory()
-        return {
-            "weights_bytes": held.weights_bytes,
-            "kv_cache_bytes": held.kv_cache_bytes,
-            "peak_bytes": held.peak_bytes,
-        }
+        return asdict(self.engine.memory())
 
     def client(self, flags: list[str]) -> dict[str, Any]:
         """Run vLLM's serving benchmark as a client of a server that is up; per-request times in seconds."""

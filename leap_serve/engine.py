@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from leap_serve.measure import Measurement
     from leap_serve.plan import Plan
     from leap_serve.profile import Profile
     from leap_serve.tasks.base import Item
+    from leap_serve.workload import Workload
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) as work proceeds."""
@@ -26,10 +28,18 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Teacher-forced log-likelihood of an answer: natural log, summed over its tokens (end of text included)."""
+    """How an answer fares, teacher-forced.
+
+    Args:
+        logprob: natural log-likelihood, summed over its tokens (end of text included).
+        tokens: how many those are.
+        esp: expected speculative acceptance against the full model, Σ_v min(p_full(v), p_plan(v)), mean over
+            the same tokens, in [0, 1] (EvoESAP); None where it was not asked for.
+    """
 
     logprob: float
     tokens: int
+    esp: float | None = None
 
     @property
     def loss(self) -> float:
@@ -40,6 +50,12 @@ class Score:
 def mean_loss(scores: Sequence[Score]) -> float:
     """Mean negative log-likelihood per answer token over all items together, in nats."""
     return -sum(score.logprob for score in scores) / max(1, sum(score.tokens for score in scores))
+
+
+def mean_esp(scores: Sequence[Score]) -> float:
+    """Mean ESP per answer token over all items together, in [0, 1]; they must have been scored with ``esp=True``."""
+    assert all(score.esp is not None for score in scores), "scored without esp=True"
+    return sum((score.esp or 0.0) * score.tokens for score in scores) / max(1, sum(score.tokens for score in scores))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +75,16 @@ class Memory:
 
 
 class Engine(Protocol):
-    """A model that is loaded and answers. Not thread-safe; close() frees it."""
+    """A model that is loaded and answers. Not thread-safe; close() frees it.
+
+    Scores decide between plans by hundredths of a nat, so search in float32: in bfloat16 on a CPU two exact
+    ways of computing the same plan (other batches, masked or cut) differ by up to 0.3 nats per item.
+    """
+
+    @property
+    def vocabulary(self) -> Sequence[int]:
+        """The token ids that a workload's prompts are drawn from."""
+        ...
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode texts without adding special tokens."""
@@ -82,13 +107,25 @@ class Engine(Protocol):
         ...
 
     def score_plans(
-        self, plans: Sequence[Plan], items: Sequence[Item], progress: Progress | None = None
+        self, plans: Sequence[Plan], items: Sequence[Item], progress: Progress | None = None, *, esp: bool = False
     ) -> list[list[Score]]:
         """For each plan, the Score of every item when only that plan's experts may be chosen (its top_k, its τ).
 
         The model that is loaded must be the full one that the plans speak of. Nothing is cut: the routers
-        are masked, and the answers are those of the checkpoint cut to that plan.
+        are masked, and the answers are those of the checkpoint cut to that plan. With ``esp`` the full model
+        answers first, for the price of one more plan, and every Score carries its ESP.
         """
+        ...
+
+    def apply(self, plan: Plan) -> None:
+        """Shrink the layers to a plan until ``restore``, in place of one before; all that is asked sees the pruned model.
+
+        Raises LeapError where the plan does not fit the model; then nothing has changed.
+        """
+        ...
+
+    def restore(self) -> None:
+        """Make the layers whole again, bit for bit; harmless when they are."""
         ...
 
     def profile(self, items: Sequence[Item], progress: Progress | None = None) -> Profile:
@@ -97,6 +134,10 @@ class Engine(Protocol):
 
     def generate_timed(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[RequestTiming]:
         """Submit all token-id prompts at once, decode exactly ``output_tokens`` each, and time every token."""
+        ...
+
+    def measure(self, workload: Workload, rounds: int = 5, warmup: int = 1) -> Measurement:
+        """Run a workload in the state the engine is in, full or under an applied plan (see leap_serve.measure)."""
         ...
 
     def memory(self) -> Memory:

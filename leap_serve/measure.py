@@ -1,7 +1,7 @@
 """The only stopwatch: from the times at which tokens arrived to TTFT, TPOT, ITL, E2EL and throughput.
 
-Pure functions. The engine (or vLLM's benchmark client) reads the clock; what the readings mean is
-decided here and nowhere else. Definitions as in vLLM's serving benchmark:
+The engine (or vLLM's benchmark client) reads the clock; what the readings mean is decided here and
+nowhere else. Definitions as in vLLM's serving benchmark:
 
 - TTFT: first token − submission.            - TPOT: (last token − first token) / (tokens − 1).
 - ITL: the gaps between successive tokens.    - E2EL: last token − submission.
@@ -13,12 +13,15 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from leap_serve.engine import RequestTiming
-from leap_serve.errors import LeapError
+from leap_serve.engine import Engine, Memory, RequestTiming
+from leap_serve.errors import LeapError, UsageError
+
+if TYPE_CHECKING:
+    from leap_serve.workload import Workload
 
 LATENCY_METRICS = ("ttft_ms", "tpot_ms", "itl_ms", "e2el_ms")
 RATE_METRICS = ("output_tok_s", "total_tok_s", "requests_s")
@@ -68,6 +71,41 @@ class Ratio:
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What a workload costs on an engine in the state it is in: its rounds, and the bytes held after them."""
+
+    samples: tuple[Sample, ...]
+    memory: Memory
+
+    def summary(self, metric: str) -> Summary:
+        """Summarise a metric, named as Sample names it, over the rounds."""
+        return summary([getattr(one, metric) for one in self.samples])
+
+
+def measure(engine: Engine, workload: Workload, rounds: int, warmup: int) -> Measurement:
+    """Run a workload ``warmup`` times, then ``rounds`` times for the record; rounds are numbered through.
+
+    Round n has the same prompts on every engine and in every state, so rounds of the same number form a pair.
+    Raises UsageError on a number of rounds that measures nothing.
+    """
+    check_rounds(rounds, warmup)
+    samples = [measure_round(engine, workload, number) for number in range(warmup + rounds)]
+    return Measurement(tuple(samples[warmup:]), engine.memory())
+
+
+def measure_round(engine: Engine, workload: Workload, number: int) -> Sample:
+    """Run one round of a workload: all its requests submitted at once."""
+    prompts = workload.prompts(engine.vocabulary, number)
+    return sample(engine.generate_timed(prompts, workload.output_tokens), [len(prompt) for prompt in prompts])
+
+
+def check_rounds(rounds: int, warmup: int) -> None:
+    """Raise UsageError on a number of rounds that measures nothing."""
+    if rounds < 1 or warmup < 0:
+        raise UsageError("--rounds", f"{rounds} rounds after {warmup} of warm-up", "give 1 or more, and 0 or more")
 
 
 def sample(

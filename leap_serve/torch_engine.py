@@ -6,20 +6,23 @@ import gc
 import resource
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from leap_serve import encoding
+from leap_serve import encoding, torch_subsets
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.engine import Completion, Memory, Progress, RequestTiming, Score
 from leap_serve.errors import LeapError, UnsupportedError
 
 if TYPE_CHECKING:
-    from leap_serve.plan import Plan
+    from leap_serve.measure import Measurement
+    from leap_serve.plan import BaseModel, Plan
     from leap_serve.profile import Profile
     from leap_serve.tasks.base import Item
+    from leap_serve.workload import Workload
 
 BATCH = 16
 
@@ -63,6 +66,14 @@ class TorchEngine:
         self.dtype = str(self._model.dtype).removeprefix("torch.")
         self.max_model_len: int = max_model_len or self._model.config.get_text_config().max_position_embeddings
         self._cache_bytes = 0
+        self._shrunk: torch_subsets.Shrunk | None = None
+
+    @cached_property
+    def vocabulary(self) -> list[int]:
+        """The token ids that a workload's prompts are drawn from."""
+        from leap_serve.workload import vocabulary_of
+
+        return vocabulary_of(self.checkpoint.folder)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode texts without adding special tokens."""
@@ -124,34 +135,64 @@ class TorchEngine:
 
     @torch.inference_mode()  # type: ignore[untyped-decorator, unused-ignore]
     def score_plans(
-        self, plans: Sequence[Plan], items: Sequence[Item], progress: Progress | None = None
+        self, plans: Sequence[Plan], items: Sequence[Item], progress: Progress | None = None, *, esp: bool = False
     ) -> list[list[Score]]:
         """For each plan, the Score of every item when only that plan's experts may be chosen (its top_k, its τ).
 
-        Rows of one batch belong to different plans; each is routed by its own.
+        Rows of one batch belong to different plans; each is routed by its own. Full distributions are held
+        item by item, [answer tokens, vocabulary].
         """
-        from leap_serve.subsets import check_plans
-        from leap_serve.torch_subsets import masked_routers
-
-        check_plans(self.checkpoint, self.checkpoint.identity(), plans)
+        self._check_whole("plans")
+        self._check_plans(plans)
         end = encoding.end_ids(self.tokenizer)
         encoded = encoding.encode_items(self.tokenizer, items)
         ids = [e.prompt + e.answer + end for e in encoded]
         encoding.check_lengths([len(i) for i in ids], self.max_model_len, "item")
+        firsts = [max(1, len(one.prompt)) for one in encoded]
+        full: dict[int, torch.Tensor] = {}
         # Item by item, so that most rows of a batch are equally long.
         asked = [(item, plan) for item in range(len(ids)) for plan in range(len(plans))]
         scores: dict[tuple[int, int], Score] = {}
-        with masked_routers(self._model, self.checkpoint.family) as routers:
-            for start in range(0, len(asked), BATCH):
-                batch = asked[start : start + BATCH]
+        for start in range(0, len(asked), BATCH):
+            batch = asked[start : start + BATCH]
+            if esp:
+                full = {item: full[item] if item in full else self._answer_logprobs([ids[item]], [firsts[item]])[0]
+                        for item in dict.fromkeys(item for item, _ in batch)}  # fmt: skip
+            with torch_subsets.masked_routers(self._model, self.checkpoint.family) as routers:
                 routers.assign([plans[plan] for _, plan in batch])
-                logprobs = self._token_logprobs([ids[item] for item, _ in batch])
-                for (item, plan), row in zip(batch, logprobs, strict=True):
-                    first = max(1, len(encoded[item].prompt))
-                    scores[item, plan] = Score(float(row[first - 1 :].double().sum()), len(ids[item]) - first)
-                if progress is not None:
-                    progress(len(scores), len(asked))
+                rows = self._answer_logprobs([ids[item] for item, _ in batch], [firsts[item] for item, _ in batch])
+            for (item, plan), row in zip(batch, rows, strict=True):
+                answer = torch.tensor(ids[item][firsts[item] :], device=self.device)
+                logprob = float(row.gather(1, answer[:, None]).double().sum())
+                scores[item, plan] = Score(logprob, len(answer), _esp(row, full[item]) if esp else None)
+            if progress is not None:
+                progress(len(scores), len(asked))
         return [[scores[item, plan] for item in range(len(ids))] for plan in range(len(plans))]
+
+    def apply(self, plan: Plan) -> None:
+        """Shrink the layers to a plan until ``restore``: expert tensors hold its rows only, the full ones stay aside."""
+        self._check_plans([plan])
+        self.restore()
+        self._shrunk = torch_subsets.Shrunk(self._model, self.checkpoint.family, plan)
+
+    def restore(self) -> None:
+        """Make the layers whole again, bit for bit; harmless when they are."""
+        if self._shrunk is not None:
+            self._shrunk.restore()
+            self._shrunk = None
+
+    def _check_plans(self, plans: Sequence[Plan]) -> None:
+        from leap_serve.subsets import check_plans
+
+        check_plans(self.checkpoint, self._identity, plans)
+
+    def _check_whole(self, what: str) -> None:
+        if self._shrunk is not None:
+            raise UnsupportedError(what, "a plan is applied to the layers", "restore them first")
+
+    @cached_property
+    def _identity(self) -> BaseModel:
+        return self.checkpoint.identity()
 
     @torch.inference_mode()  # type: ignore[untyped-decorator, unused-ignore]
     def profile(self, items: Sequence[Item], progress: Progress | None = None) -> Profile:
@@ -160,6 +201,7 @@ class TorchEngine:
         from leap_serve.torch_profile import observe
 
         check_request(self.checkpoint, items)
+        self._check_whole("profile")
         encoded = encoding.encode_items(self.tokenizer, items)
         ids = [e.prompt + e.answer for e in encoded]
         encoding.check_lengths([len(i) for i in ids], self.max_model_len, "item")
@@ -188,6 +230,12 @@ class TorchEngine:
         self._decode(prompts, output_tokens, choose)
         return [RequestTiming(tuple(times)) for _ in prompts]
 
+    def measure(self, workload: Workload, rounds: int = 5, warmup: int = 1) -> Measurement:
+        """Run a workload in the state the engine is in, full or under an applied plan (see leap_serve.measure)."""
+        from leap_serve.measure import measure
+
+        return measure(self, workload, rounds, warmup)
+
     def memory(self) -> Memory:
         """Report parameters, the KV cache of the last batch, and peak memory, in bytes."""
         weights = sum(p.numel() * p.element_size() for p in self._model.parameters())
@@ -204,8 +252,8 @@ class TorchEngine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _token_logprobs(self, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """Return of each row its tokens' log-probabilities, the first token's left out; one batch, padded at the end."""
+    def _answer_logprobs(self, rows: Sequence[Sequence[int]], firsts: Sequence[int]) -> list[torch.Tensor]:
+        """Return of each row the log-probabilities [A, V] before its tokens from ``first`` on; one batch, padded at the end."""
         longest = max(map(len, rows))
         ids = torch.zeros(len(rows), longest, dtype=torch.long, device=self.device)
         mask = torch.zeros_like(ids)
@@ -213,8 +261,10 @@ class TorchEngine:
             ids[number, : len(row)] = torch.tensor(list(row), device=self.device)
             mask[number, : len(row)] = 1
         logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        picked = logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-        return [picked[number, : len(row) - 1] for number, row in enumerate(rows)]
+        return [
+            logits[number, first - 1 : len(row) - 1].float().log_softmax(-1)
+            for number, (row, first) in enumerate(zip(rows, firsts, strict=True))
+        ]
 
     def _decode(
         self, prompts: Sequence[Sequence[int]], steps: int, choose: Callable[[torch.Tensor], torch.Tensor | None]
@@ -265,6 +315,11 @@ class _Row:
     def completion(self) -> Completion:
         """Return what was generated."""
         return Completion(self.text, tuple(self.tokens), "stop" if self.finished else "length")
+
+
+def _esp(ours: torch.Tensor, full: torch.Tensor) -> float:
+    """Mean over A of Σ_v min(p, q) of log-probabilities [A, V]; an answer without a token loses nothing."""
+    return float(torch.minimum(ours, full).exp().sum(-1).double().mean()) if len(ours) else 1.0
 
 
 def _choose(logits: torch.Tensor, temperature: float, random: torch.Generator) -> torch.Tensor:

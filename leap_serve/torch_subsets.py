@@ -6,8 +6,9 @@ what is left is divided by τ, and slots beyond the plan's own top_k weigh nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,14 +90,62 @@ def masked_routers(model: torch.nn.Module, family: Family) -> Iterator[MaskedRou
     """Hook every router of a transformers model; the hooks are off again at the end."""
     found, handles = MaskedRouters(), []
     try:
-        for name, block in model.named_modules():
-            if hasattr(block, "experts") and hasattr(block, family.router):
-                layer = int(name.split("layers.")[-1].split(".")[0])
-                found.layers[layer] = MaskedRouter(family)
-                handles.append(getattr(block, family.router).register_forward_hook(found.layers[layer]))
-        if not found.layers:
-            raise UnsupportedError(type(model).__name__, "has no router that can be masked", "load a MoE model")
+        for layer, block in moe_blocks(model, family).items():
+            found.layers[layer] = MaskedRouter(family)
+            handles.append(getattr(block, family.router).register_forward_hook(found.layers[layer]))
         yield found
     finally:
         for handle in handles:
             handle.remove()
+
+
+def moe_blocks(model: torch.nn.Module, family: Family) -> dict[int, Any]:
+    """Return the modules that hold a router and experts, by layer; UnsupportedError where there are none."""
+    found = {
+        int(name.split("layers.")[-1].split(".")[0]): block
+        for name, block in model.named_modules()
+        if hasattr(block, "experts") and hasattr(block, family.router)
+    }
+    if not found:
+        raise UnsupportedError(type(model).__name__, "has no router that can be masked", "load a MoE model")
+    return found
+
+
+class Shrunk:
+    """A transformers model under one plan, from construction to :meth:`restore`.
+
+    Every expert parameter [E, …] holds its retained rows only, and the masked router's choice is renumbered to
+    them and cut to the plan's top_k: the router itself still computes E logits. The full tensors stay aside.
+    """
+
+    def __init__(self, model: torch.nn.Module, family: Family, plan: Plan) -> None:
+        self._family = family
+        self._undo: list[Callable[[], None]] = []
+        for layer, block in moe_blocks(model, family).items():
+            self._shrink(block, plan.layers[layer])
+
+    def restore(self) -> None:
+        """Put the full tensors, the counts and the routers back."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _shrink(self, block: Any, layer: LayerPlan) -> None:
+        router, experts = getattr(block, self._family.router), block.experts
+        ids = torch.tensor(layer.retained, device=router.weight.device)
+        masked = MaskedRouter(self._family)
+        masked.rows = [layer]
+        renumber = torch.zeros(router.weight.shape[0], dtype=torch.long, device=ids.device)
+        renumber[ids] = torch.arange(len(ids), device=ids.device)
+
+        def choose(module: Any, args: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            first, second, *chosen = masked(module, args, output)
+            if not chosen:  # Llama-4: scores [T, E], logits
+                return first.index_select(1, ids), second
+            return first, second[:, : layer.top_k], renumber[chosen[0][:, : layer.top_k]]
+
+        self._undo.append(router.register_forward_hook(choose).remove)
+        for tensor in experts.parameters():
+            self._undo.append(partial(setattr, tensor, "data", tensor.data))
+            tensor.data = tensor.data.index_select(0, ids)
+        self._undo.append(partial(setattr, experts, "num_experts", experts.num_experts))
+        experts.num_experts = len(ids)

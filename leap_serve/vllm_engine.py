@@ -8,19 +8,22 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leap_serve import encoding, vllm_plans
+from leap_serve import encoding, vllm_plans, vllm_scores
 from leap_serve.engine import Completion, Memory, Progress, RequestTiming, Score
 from leap_serve.errors import LeapError, UnsupportedError
 
 if TYPE_CHECKING:
+    from leap_serve.measure import Measurement
     from leap_serve.plan import BaseModel, Plan
     from leap_serve.profile import Profile
     from leap_serve.tasks.base import Item
     from leap_serve.vllm_plans import Subset
+    from leap_serve.workload import Workload
 
 
 class VllmEngine:
@@ -86,6 +89,13 @@ class VllmEngine:
         self._identity: BaseModel | None = None
         self._applied = False
 
+    @cached_property
+    def vocabulary(self) -> list[int]:
+        """The token ids that a workload's prompts are drawn from."""
+        from leap_serve.workload import vocabulary_of
+
+        return vocabulary_of(self.checkpoint.folder)
+
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode texts without adding special tokens."""
         return encoding.encode(self.tokenizer, texts)
@@ -112,19 +122,20 @@ class VllmEngine:
 
     def score(self, items: Sequence[Item], progress: Progress | None = None) -> list[Score]:
         """Score each item's answer after its prompt, teacher-forced, followed by the end-of-text token."""
-
-        return self._score(items, progress)[0]
+        return vllm_scores.score(self, items, progress)[0]
 
     def score_plans(
-        self, plans: Sequence[Plan], items: Sequence[Item], progress: Progress | None = None
+        self, plans: Sequence[Plan], items: Sequence[Item], progress: Progress | None = None, *, esp: bool = False
     ) -> list[list[Score]]:
         """For each plan, the Score of every item when only that plan's experts may be chosen (its top_k, its τ).
 
         Requests of up to 64 plans run in one batch; routers are hooked on first use and stay so until
-        ``unhook_plans``. Raises LeapError where a plan does not fit the model, UnsupportedError where
-        the routing cannot be taken over (compiled graphs, monolithic kernels, experts spread over ranks).
+        ``unhook_plans``. With ``esp`` the workers hold the full model's distributions, at most 256 MiB of them
+        at a time (of one item at least). Raises LeapError where a plan does not fit the model, UnsupportedError
+        where the routing cannot be taken over (compiled graphs, monolithic kernels, experts spread over ranks).
         """
-        return vllm_plans.score_plans(self, plans, items, progress)
+        ask = vllm_scores.score_plans_esp if esp else vllm_scores.score_plans
+        return ask(self, plans, items, progress)
 
     def load_plans(self, plans: Sequence[Plan]) -> list[Subset]:
         """Put up to 64 plans at the requests' disposal, in place of those before; returns what names each."""
@@ -203,6 +214,12 @@ class VllmEngine:
             assert len(stamps) == output_tokens, f"request {name} gave {len(stamps)} of {output_tokens} tokens"
         return [RequestTiming(tuple(stamps)) for stamps in times.values()]
 
+    def measure(self, workload: Workload, rounds: int = 5, warmup: int = 1) -> Measurement:
+        """Run a workload in the state the engine is in, full or under an applied plan (see leap_serve.measure)."""
+        from leap_serve.measure import measure
+
+        return measure(self, workload, rounds, warmup)
+
     def memory(self) -> Memory:
         """Report parameters, KV cache and peak memory in bytes, summed over the workers."""
         workers = self._rpc("leap_memory")
@@ -212,37 +229,17 @@ class VllmEngine:
         """Free the model; a second engine may then be opened in this process. Harmless when called twice."""
         if self._llm is None:
             return
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+        import torch
 
-        self._llm.llm_engine.engine_core.shutdown()
+        self._llm.llm_engine.engine_core.shutdown()  # ends the process groups, too
         self._llm = None
         gc.collect()
-        cleanup_dist_env_and_memory()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _rpc(self, method: str, *args: Any) -> list[Any]:
         with _as_leap_errors(self.model):
             return list(self._llm.collective_rpc(method, args=args))
-
-    def _score(
-        self, items: Sequence[Item], progress: Progress | None, subsets: Sequence[Subset | None] = (None,)
-    ) -> list[list[Score]]:
-        """Score all items under each subset (None: under no plan), all in one batch."""
-        from vllm import SamplingParams
-
-        end = encoding.end_ids(self.tokenizer)
-        encoded = encoding.encode_items(self.tokenizer, items)
-        ids = [e.prompt + e.answer + end for e in encoded]
-        encoding.check_lengths([len(i) for i in ids], self.max_model_len - 1, "item")
-        # prompt_logprobs=0: of each prompt token its own logprob, nothing else.
-        params = SamplingParams(
-            temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=True
-        )
-        with _uncompiled_helpers():
-            results = iter(self._run(ids * len(subsets), params, progress, [subset for subset in subsets for _ in ids]))
-        return [
-            [_score_of(len(one.prompt), whole, next(results)) for one, whole in zip(encoded, ids, strict=True)]
-            for _ in subsets
-        ]  # fmt: skip
 
     def _run(
         self,
@@ -250,11 +247,12 @@ class VllmEngine:
         params: Any,
         progress: Progress | None,
         subsets: Sequence[Subset | None] | None = None,
+        extras: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[Any]:
-        """Run token-id prompts to their end, each under its own plan if ``subsets`` says so; outputs in order."""
+        """Run token-id prompts to their end, each under its own plan and with its own extra_args; outputs in order."""
         engine = self._llm.llm_engine
         finished: dict[str, Any] = {}
-        with self._requests_of(prompts, params, subsets) as names:
+        with self._requests_of(prompts, params, subsets, extras) as names:
             while engine.has_unfinished_requests():
                 before = len(finished)
                 finished.update({output.request_id: output for output in engine.step() if output.finished})
@@ -264,7 +262,11 @@ class VllmEngine:
 
     @contextlib.contextmanager
     def _requests_of(
-        self, prompts: Sequence[Sequence[int]], params: Any, subsets: Sequence[Subset | None] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Any,
+        subsets: Sequence[Subset | None] | None = None,
+        extras: Sequence[Mapping[str, Any]] | None = None,
     ) -> Iterator[list[str]]:
         """Submit prompts under fresh names; what has not ended when the block is left is aborted."""
         names = [str(self._requests + number) for number in range(len(prompts))]
@@ -273,22 +275,17 @@ class VllmEngine:
             with _as_leap_errors(self.model):
                 for place, (name, ids) in enumerate(zip(names, prompts, strict=True)):
                     prompt: dict[str, Any] = {"prompt_token_ids": list(ids)}
-                    own = params.clone()
+                    own, extra = params.clone(), dict(extras[place]) if extras is not None else {}
                     if subsets is not None and (subset := subsets[place]) is not None:
-                        own.extra_args = {"leap_plan": subset.slot}
+                        extra["leap_plan"] = subset.slot
                         if subset.salt is not None:
                             prompt["cache_salt"] = subset.salt
+                    own.extra_args = extra or None
                     self._llm.llm_engine.add_request(name, prompt, own)
             yield names
         except BaseException:
             self._llm.llm_engine.abort_request(names)
             raise
-
-
-def _score_of(start: int, whole: Sequence[int], result: Any) -> Score:
-    """Sum the logprobs of whole[start:]. Nothing precedes the very first token, so it has no likelihood."""
-    places = range(max(1, start), len(whole))
-    return Score(sum(result.prompt_logprobs[at][whole[at]].logprob for at in places), len(places))
 
 
 def _prepare_environment(kv_cache_gib: float, tensor_parallel_size: int, quiet: bool) -> None:
@@ -306,18 +303,6 @@ def _prepare_environment(kv_cache_gib: float, tensor_parallel_size: int, quiet: 
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         logging.getLogger("vllm").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", message=r"`torch\.distributed\.reduce_op` is deprecated")
-
-
-@contextlib.contextmanager
-def _uncompiled_helpers() -> Iterator[None]:
-    """Keep vLLM on CPU from compiling one line of C++ (the rank of a token) at the first prompt logprobs."""
-    import torch
-
-    if torch.cuda.is_available():
-        yield
-    else:
-        with torch.compiler.set_stance("force_eager"):
-            yield
 
 
 _REFUSALS = (ValueError, TypeError, RuntimeError, OSError, MemoryError)

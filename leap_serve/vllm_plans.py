@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from leap_serve.engine import Progress, Score
 from leap_serve.errors import LeapError, UnsupportedError
 
 if TYPE_CHECKING:
     from leap_serve.plan import Plan
-    from leap_serve.tasks.base import Item
     from leap_serve.vllm_engine import VllmEngine
 
 MAX_PLANS = 64
@@ -27,22 +25,6 @@ class Subset:
 
     slot: int
     salt: str | None
-
-
-def score_plans(
-    engine: VllmEngine, plans: Sequence[Plan], items: Sequence[Item], progress: Progress | None
-) -> list[list[Score]]:
-    """Score all items under every plan, as many plans at a time as there are slots."""
-    found: list[list[Score]] = []
-    for start in range(0, len(plans), MAX_PLANS):
-        subsets = load_plans(engine, plans[start : start + MAX_PLANS])
-
-        def count(done: int, _total: int, before: int = start * len(items)) -> None:
-            if progress is not None:
-                progress(before + done, len(plans) * len(items))
-
-        found += engine._score(items, count, subsets)
-    return found
 
 
 def load_plans(engine: VllmEngine, plans: Sequence[Plan]) -> list[Subset]:

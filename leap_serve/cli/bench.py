@@ -13,7 +13,7 @@ from leap_serve.bench import Contender
 from leap_serve.cli.console import progress_bar, say, table
 from leap_serve.errors import UsageError
 from leap_serve.files import append_jsonl
-from leap_serve.measure import LATENCY_METRICS
+from leap_serve.measure import LATENCY_METRICS, check_rounds
 from leap_serve.workload import Workload
 
 UNITS = {
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, show, record."""
     workloads = _workloads(args)
-    bench.check_rounds(args.rounds, args.warmup)
+    check_rounds(args.rounds, args.warmup)
     contenders = _contenders(args, workloads)
     described = [contender.describe() for contender in contenders]
     measure = {"memory": _memory, "serve": _serve}.get(args.kind, _timed)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from families import SPECIFIC, make_checkpoint
+from leap_serve import vllm_scores
 from leap_serve.cut import cut
 from leap_serve.engine import Score
 from leap_serve.errors import LeapError, PlanError, UnsupportedError
@@ -21,6 +22,7 @@ from leap_serve.tasks.base import Item
 from leap_serve.torch_engine import TorchEngine
 from leap_serve.vllm_engine import VllmEngine
 from leap_serve.vllm_plans import MAX_PLANS, Subset
+from leap_serve.workload import Workload
 from parity import CONTROL, TOLERANCE, uneven_plan
 from tiny_tokenizer import add_tokenizer, talking_copy
 
@@ -55,6 +57,12 @@ def largest(ours: Sequence[Sequence[Score]], theirs: Sequence[Sequence[Score]]) 
     )  # fmt: skip
 
 
+def furthest(ours: Sequence[Sequence[Score]], theirs: Sequence[Sequence[Score]]) -> float:
+    """Largest difference of an ESP."""
+    pairs = [(a.esp, b.esp) for row, other in zip(ours, theirs, strict=True) for a, b in zip(row, other, strict=True)]
+    return max(abs(a - b) for a, b in pairs if a is not None and b is not None)
+
+
 def score_applied(engine: VllmEngine, plan: Plan) -> list[Score]:
     """Scores of the engine whose layers have shrunk to a plan."""
     engine.apply(plan)
@@ -66,7 +74,7 @@ def test_mixed_is_alone_is_masked_is_cut(family: str, family_checkpoint: Callabl
     model = talking_copy(family_checkpoint(family), tmp_path / family)
     plans = plans_of(model)
     reference = TorchEngine(model, dtype="float32", device="cpu")
-    stock, masked = reference.score(ITEMS), reference.score_plans(plans, ITEMS)
+    stock, masked = reference.score(ITEMS), reference.score_plans(plans, ITEMS, esp=True)
     assert reference.score(ITEMS) == stock, "the reference's hooks are off again"
     reference.close()
     assert min(largest([row], [other]) for at, row in enumerate([stock, *masked]) for other in masked[at:]) > CONTROL
@@ -77,6 +85,7 @@ def test_mixed_is_alone_is_masked_is_cut(family: str, family_checkpoint: Callabl
         before = engine.score(ITEMS)
         seen: list[tuple[int, int]] = []
         mixed = engine.score_plans(plans, ITEMS, lambda done, total: seen.append((done, total)))
+        overlapping = engine.score_plans(plans, ITEMS, esp=True)
         alone = [engine.score_plans([plan], ITEMS)[0] for plan in plans]
         applied = [score_applied(engine, plan) for plan in plans]
         engine.restore()
@@ -88,13 +97,17 @@ def test_mixed_is_alone_is_masked_is_cut(family: str, family_checkpoint: Callabl
     assert largest(mixed, masked) <= TOLERANCE
     assert largest(mixed, applied) <= TOLERANCE
     assert largest([before], [stock]) <= TOLERANCE
+    assert largest(overlapping, masked) <= TOLERANCE
+    assert furthest(overlapping, masked) <= TOLERANCE
+    assert furthest(overlapping, masked[1:] + masked[:1]) > CONTROL
 
-    cut(model, plans[0], tmp_path / "cut")
-    served = VllmEngine(tmp_path / "cut", **SETTINGS)
-    try:
-        assert largest([served.score(ITEMS)], mixed[:1]) <= TOLERANCE
-    finally:
-        served.close()
+    for number, plan in enumerate(plans):
+        cut(model, plan, tmp_path / f"cut{number}")
+        served = VllmEngine(tmp_path / f"cut{number}", **SETTINGS)
+        try:
+            assert largest([served.score(ITEMS)], [mixed[number]]) <= TOLERANCE
+        finally:
+            served.close()
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +181,25 @@ def test_more_plans_than_slots(engine: VllmEngine, model: Path) -> None:
         engine.load_plans(plans)
 
 
+def test_esp_in_groups_that_fit_the_memory_given(
+    engine: VllmEngine, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans, items = plans_of(model), [*ITEMS, Item("empty", "no answer", "")]
+    together = engine.score_plans(plans, items, esp=True)
+    # 160 floats a token: the first two answers fit together, the third is larger than what is given.
+    monkeypatch.setattr(vllm_scores, "REFERENCES", 35 * 160 * 4)
+    seen: list[tuple[int, int]] = []
+    grouped = engine.score_plans(plans, items, lambda done, total: seen.append((done, total)), esp=True)
+    assert largest(together, grouped) <= TOLERANCE and furthest(together, grouped) <= TOLERANCE
+    assert seen == sorted(seen) and seen[-1] == (20, 20)
+    assert engine.score_plans([], items, esp=True) == []
+    base = plans[0]
+    whole = replace(base, layers=dict.fromkeys(base.layers, LayerPlan(tuple(range(8)), 2)))
+    assert [s.esp for s in engine.score_plans([whole], items, esp=True)[0]] == pytest.approx([1.0] * 5, abs=1e-5)
+    runner = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    assert "_get_prompt_logprobs_dict" not in vars(runner)
+
+
 def test_hooks_come_off_and_back(engine: VllmEngine, model: Path) -> None:
     plans = plans_of(model)
     expected, stock = engine.score_plans(plans, ITEMS), engine.score(ITEMS)
@@ -208,8 +240,12 @@ def test_layers_shrink_and_grow_back(engine: VllmEngine, model: Path) -> None:
     engine._llm.reset_prefix_cache()
     assert apart(found, ask(engine, [Subset(0, None)])[0]) <= TOLERANCE, "keys of the full model were used"
     assert apart(found, cached[0]) > CONTROL
-    with pytest.raises(UnsupportedError, match="restore them first"):
-        engine.score_plans([plan], ITEMS)
+    measured = engine.measure(Workload("latency", input_tokens=8, output_tokens=4, batch=2), rounds=2, warmup=0)
+    assert len(measured.samples) == 2 and measured.memory.weights_bytes == engine.memory().weights_bytes
+    assert 0 < measured.summary("tpot_ms").median < measured.summary("e2el_ms").median
+    for esp in (False, True):
+        with pytest.raises(UnsupportedError, match="restore them first"):
+            engine.score_plans([plan], ITEMS, esp=esp)
     with pytest.raises(UnsupportedError, match="restore it first"):
         engine.profile(ITEMS)
     engine.restore()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,21 @@ import pytest
 import torch
 
 from cutting import plan_for
+from families import SPECIFIC
+from leap_serve import torch_subsets
 from leap_serve.architectures import family_of
 from leap_serve.checkpoint import Checkpoint
+from leap_serve.engine import mean_esp
 from leap_serve.errors import PlanError, UnsupportedError
 from leap_serve.plan import LayerPlan
 from leap_serve.subsets import check_plans
+from leap_serve.tasks.base import Item
+from leap_serve.torch_engine import TorchEngine
 from leap_serve.torch_subsets import MaskedRouter, masked_routers
+from leap_serve.workload import Workload
+from parity import reference_layers, uneven_plan
+from reference import reference_logprobs
+from tiny_tokenizer import talking_copy
 
 E, K, B, S, H = 12, 4, 4, 25, 16
 ROWS = [
@@ -95,6 +105,66 @@ def test_every_row_is_routed_as_in_its_own_cut(family: str, groups: int) -> None
     assert (dense(masked) - expected).abs().max() < 1e-5
     assert (dense(masked) - dense(stock))[:S].abs().max() < 1e-6, "a plan that retains everything changes nothing"
     assert all((dense(masked) - dense(stock))[row * S : (row + 1) * S].abs().max() > 1e-2 for row in (1, 2, 3))
+
+
+ITEMS = [Item("0", "The quick brown fox", " jumps."), Item("1", "", "x + 1"), Item("2", "0123456789", "")]
+
+
+@pytest.mark.parametrize("family", SPECIFIC)
+def test_layers_really_shrink_and_grow_back(
+    family: str, family_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    engine = TorchEngine(talking_copy(family_checkpoint(family), tmp_path / family), dtype="float32", device="cpu")
+    model = engine.checkpoint
+    plan = uneven_plan(model.folder)
+    one_expert = sum(
+        p[0].numel() for p in torch_subsets.moe_blocks(engine._model, model.family)[3].experts.parameters()
+    )
+    full, whole, masked = engine.score(ITEMS), engine.memory().weights_bytes, engine.score_plans([plan], ITEMS)[0]
+    text = engine.generate(["Once upon"], 6)
+    engine.apply(uneven_plan(model.folder, seed=5))
+    engine.apply(plan)
+    assert [s.logprob for s in engine.score(ITEMS)] == pytest.approx([s.logprob for s in masked], abs=1e-4)
+    assert [s.logprob for s in full] != pytest.approx([s.logprob for s in masked], abs=1e-2)
+    dropped = sum(model.num_experts - count for count in plan.counts)
+    assert engine.memory().weights_bytes == whole - 4 * one_expert * dropped
+    for ask in (lambda: engine.score_plans([plan], ITEMS), lambda: engine.profile(ITEMS)):
+        with pytest.raises(UnsupportedError, match="restore them first"):
+            ask()
+    with pytest.raises(PlanError, match="was made for"):
+        engine.apply(replace(plan, base=replace(plan.base, sha256="0" * 64)))
+    measured = engine.measure(Workload("latency", input_tokens=4, output_tokens=3, batch=2), rounds=2)
+    assert len(measured.samples) == 2 and measured.memory.weights_bytes < whole
+    engine.restore()
+    engine.restore()
+    assert (engine.score(ITEMS), engine.generate(["Once upon"], 6)) == (full, text)
+    assert engine.memory().weights_bytes == whole
+    engine.close()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe"])
+def test_esp_is_the_overlap_of_both_distributions(
+    family: str, family_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = talking_copy(family_checkpoint(family), tmp_path / family)
+    plans = [uneven_plan(model, 1), uneven_plan(model, 2)]
+    engine = TorchEngine(model, dtype="float32", device="cpu")
+    found = engine.score_plans(plans, ITEMS, esp=True)
+    encoded = [engine.tokenize([item.prompt, item.answer]) for item in ITEMS]
+    engine.close()
+    ids = [[*prompt, *answer, 2] for prompt, answer in encoded]
+    full = reference_logprobs(model, {}, ids)
+    for plan, row in zip(plans, found, strict=True):
+        kept = reference_logprobs(model, reference_layers(plan), ids)
+        for (prompt, _), p, q, whole, score in zip(encoded, full, kept, ids, row, strict=True):
+            places = range(max(1, len(prompt)) - 1, len(whole) - 1)
+            assert score.tokens == len(places)
+            assert score.logprob == pytest.approx(sum(float(q[at, whole[at + 1]]) for at in places), abs=1e-4)
+            overlap = [float(torch.minimum(p[at].exp(), q[at].exp()).sum()) for at in places]
+            assert score.esp == pytest.approx(sum(overlap) / len(overlap), abs=1e-5)
+            assert 0.05 < score.esp < 0.95, "too near to an end to show anything"
+    total = sum(score.tokens for score in found[0])
+    assert mean_esp(found[0]) == pytest.approx(sum((s.esp or 0) * s.tokens for s in found[0]) / total)
 
 
 def test_a_model_without_routers_is_refused() -> None:

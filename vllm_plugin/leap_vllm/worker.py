@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from leap_vllm import compat, compat_runners
+from leap_vllm.esp import EspWorker
 from leap_vllm.profiling import Recording
 from leap_vllm.shrink import Shrunk
 from leap_vllm.subsets import PlainPlan, Subsets
 
 
-class LeapWorker:
+class LeapWorker(EspWorker):
     """Mixed into vLLM's worker class (worker_extension_cls). Names begin with ``leap_`` to stay clear of vLLM's own."""
 
     model_runner: Any
