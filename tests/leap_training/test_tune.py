@@ -1,0 +1,224 @@
+"""Joint tuning on a tiny random cut: the same curve after a kill, every part switched off alone, and the router's test."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cutting import plan_for
+from leap_serve.cut import cut
+from leap_serve.errors import CheckpointError, LeapError, UsageError
+from leap_serve.tasks.base import Item
+from leap_training.active_learning import Acquisition
+from leap_training.batches import Batch, collate
+from leap_training.routing_agent import RouterConfig
+from leap_training.tune import TuneConfig, TuneData, Tuner
+from leap_training.tune_result import keep_router, report_of, sign_flip_test
+from leap_training.tune_state import STATE
+from tiny_tokenizer import talking_copy
+
+SMALL = TuneConfig(
+    rounds=2, labels=12, steps=6, batch=4, rank=2, router_warmup=1, router_every=2, save_every=1, patience=0,
+    router=RouterConfig(tokens=64, minibatch=32, ppo_epochs=2), learning_rate=1e-2, lr_warmup=2,
+)  # fmt: skip
+
+
+def some_items(count: int, seed: int) -> list[Item]:
+    draw = random.Random(seed)
+    texts = ["".join(draw.choices("abcdefgh", k=draw.randint(3, 7))) for _ in range(count)]
+    return [Item(f"{seed}/{n}", text, f" {text[::-1]}") for n, text in enumerate(texts)]
+
+
+DATA = TuneData(some_items(40, 0), some_items(5, 9), some_items(8, 1), some_items(30, 2))
+
+
+@pytest.fixture(scope="module")
+def small_cut(family_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tune")
+    whole = talking_copy(family_checkpoint("qwen3_moe"), folder / "whole")
+    cut(whole, plan_for(whole, lambda layer: (0, 2, 3, 5, 7)), folder / "cut")
+    return folder / "cut"
+
+
+def tuned(folder: Path, config: TuneConfig = SMALL, state: Path | None = None) -> Tuner:
+    tuner = Tuner(folder, DATA, config, state)
+    tuner.run()
+    return tuner
+
+
+def changed(tuner: Tuner, folder: Path) -> set[str]:
+    """Which parts differ from those of an untouched run."""
+    fresh = Tuner(folder, DATA, tuner.config)
+    names = {name for name, p in tuner.tuned.items() if not torch.equal(p, fresh.tuned[name])}
+    return {"router" if name.startswith("router.") else "experts" for name in names}
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def whole(small_cut: Path) -> Tuner:
+    """A run that nothing interrupted."""
+    return tuned(small_cut)
+
+
+@pytest.mark.parametrize("after", [1, 4, 6])
+def test_a_run_that_was_ended_anywhere_continues_to_the_same_curve(
+    small_cut: Path, whole: Tuner, tmp_path: Path, after: int
+) -> None:
+
+    def kill(done: int, _total: int, _note: str) -> None:
+        if done == after:
+            raise Killed
+
+    with pytest.raises(Killed):
+        Tuner(small_cut, DATA, SMALL, tmp_path).run(kill)
+    again = Tuner(small_cut, DATA, SMALL, tmp_path)
+    assert again.progress.tick == after
+    again.run()
+    assert again.progress.curve == whole.progress.curve and len(whole.progress.curve) == 2
+    assert again.pool.state() == whole.pool.state()
+    for name, parameter in whole.tuned.items():
+        assert torch.equal(parameter, again.tuned[name]), name
+    assert changed(again, small_cut) == {"router", "experts"}
+
+
+def test_a_state_of_another_run_or_a_damaged_one_is_refused(small_cut: Path, tmp_path: Path) -> None:
+    tuned(small_cut, replace(SMALL, rounds=1, steps=1, rl_router=False), tmp_path)
+    with pytest.raises(LeapError, match="other settings"):
+        Tuner(small_cut, DATA, SMALL, tmp_path)
+    (tmp_path / STATE).write_bytes((tmp_path / STATE).read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="no state of leap tune"):
+        Tuner(small_cut, DATA, SMALL, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("switch", "moves"),
+    [
+        ({"rl_router": False}, {"experts"}),
+        ({"experts": "none"}, {"router"}),
+        ({"rl_router": False, "supervised_router": True, "experts": "none"}, {"router"}),
+        ({"experts": "full", "rl_router": False}, {"experts"}),
+    ],
+)
+def test_a_part_that_is_switched_off_stays_as_it_was(small_cut: Path, switch: dict[str, Any], moves: set[str]) -> None:
+    config = replace(SMALL, rounds=1, steps=2, acquisition=Acquisition(strategy="random"), **switch)
+    assert changed(tuned(small_cut, config), small_cut) == moves
+
+
+def test_tuning_the_experts_lowers_the_validation_loss(small_cut: Path) -> None:
+    tuner = Tuner(small_cut, DATA, replace(SMALL, rounds=1, steps=30, labels=40, rl_router=False))
+    before = tuner.item_losses(DATA.stopping)[0].mean()
+    tuner.run()
+    after = tuner.item_losses(DATA.stopping)[0].mean()
+    assert after < before - 0.3
+    assert after == pytest.approx(tuner.progress.curve[-1]["validation_loss"], abs=1e-6)
+
+
+def test_the_best_round_comes_back_and_patience_ends_the_run(small_cut: Path) -> None:
+    """Validation items that contradict the pool: the more is learned, the worse they get."""
+    contrary = replace(DATA, stopping=[Item(f"v/{n}", item.prompt, "XYZXYZ") for n, item in enumerate(DATA.stopping)])
+    config = replace(
+        SMALL, rounds=6, steps=36, labels=6, patience=2, rl_router=False, experts="full", learning_rate=0.02
+    )
+    tuner = Tuner(small_cut, contrary, config)
+    tuner.run()
+    losses = [row["validation_loss"] for row in tuner.progress.curve]
+    assert tuner.progress.stopped and len(losses) < 6
+    assert len(losses) - 1 - tuner.progress.best == 2 and min(losses) == losses[tuner.progress.best]
+    assert tuner.item_losses(contrary.stopping)[0].mean() == pytest.approx(min(losses), abs=1e-6)
+
+
+def gradients(folder: Path, **settings: Any) -> dict[str, torch.Tensor]:
+    tuner = Tuner(folder, DATA, replace(SMALL, supervised_router=True, **settings))
+    batch = collate(tuner.tokenizer, DATA.pool[:5], 0.0)
+    with torch.no_grad():
+        for name, parameter in tuner.experts.items():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+    tuner._expert_step(batch, 0)
+    assert all(float(p.grad.abs().max()) > 0 for p in tuner.tuned.values() if p.grad is not None)
+    return {name: p.grad.clone() for name, p in tuner.tuned.items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("settings", [{"accumulate": 3}, {"checkpointing": True}])
+def test_accumulation_and_checkpointing_change_no_gradient(small_cut: Path, settings: dict[str, Any]) -> None:
+    plain, other = gradients(small_cut), gradients(small_cut, **settings)
+    assert len(plain) == len(other) == 4 * 4 + 4
+    for name, gradient in plain.items():
+        torch.testing.assert_close(gradient, other[name], atol=1e-5, rtol=1e-4)
+
+
+def test_minibatches_visit_every_labelled_item_once_per_epoch(small_cut: Path) -> None:
+    tuner = Tuner(small_cut, DATA, replace(SMALL, acquisition=Acquisition(strategy="random")))
+    tuner._label()
+    seen = [item.id for place in range(3) for item in tuner._minibatch(0, place)]
+    again = [item.id for place in range(3, 6) for item in tuner._minibatch(0, place)]
+    assert sorted(seen) == sorted(again) == sorted(item.id for item in tuner.pool.labelled)
+    assert seen != again
+
+
+def test_sign_flips_agree_with_enumeration() -> None:
+    differences = np.random.default_rng(3).normal(0.4, 1.0, size=12)
+    signs = np.array(list(itertools.product((-1.0, 1.0), repeat=12)))
+    exact = float((signs @ differences >= differences.sum() - 1e-12).mean())
+    assert sign_flip_test(differences) == pytest.approx(exact, abs=0.015)
+    assert sign_flip_test(np.ones(30)) < 0.001
+    assert sign_flip_test(np.zeros(30)) == 1.0
+
+
+def test_a_router_that_does_not_help_goes_and_one_that_does_stays(small_cut: Path) -> None:
+    """Experts that were tuned under one router are worse under its mirror image."""
+    tuner = tuned(small_cut, replace(SMALL, rounds=1, steps=40, labels=40, rl_router=False))
+    own = [head.weight.detach().clone() for head in tuner.agent.heads]
+
+    def judged(tuned_router: float, sliced_router: float) -> bool:
+        with torch.no_grad():
+            for head, weight in zip(tuner.agent.heads, own, strict=True):
+                head.weight.copy_(tuned_router * weight)
+                head.sliced_weight.copy_(sliced_router * weight)
+        found = keep_router(tuner)
+        assert found["items"] == len(DATA.router)
+        assert all(
+            torch.equal(head.weight, (1.0 if found["kept"] else sliced_router) * weight)
+            for head, weight in zip(tuner.agent.heads, own, strict=True)
+        )
+        return bool(found["kept"])
+
+    assert judged(1.0, -1.0)
+    assert not judged(-1.0, 1.0)
+    assert not judged(1.0, 1.0)
+
+
+def test_an_item_of_the_test_split_in_the_pool_is_refused(small_cut: Path) -> None:
+    leaking = replace(DATA, pool=[*DATA.pool, DATA.tests[3]])
+    with pytest.raises(LeapError, match="9/3"):
+        Tuner(small_cut, leaking, SMALL)
+
+
+def test_settings_that_cannot_run_are_all_named() -> None:
+    with pytest.raises(UsageError, match=r"labels is 0; 6 steps do not divide into 4 rounds; nothing is left to tune"):
+        replace(SMALL, labels=0, rounds=4, experts="none", rl_router=False).check()
+
+
+def test_the_report_names_labels_curve_and_origin(whole: Tuner) -> None:
+    report = report_of(whole, None, 1.0, task="toy")
+    assert report["labels"] == 24 and [row["labels"] for row in report["curve"]] == [12, 24]
+    assert report["made_by"]["task"] == "toy" and len(report["fingerprint"]) == 64
+
+
+def test_items_longer_than_others_are_padded_without_effect(small_cut: Path) -> None:
+    tuner = Tuner(small_cut, DATA, SMALL)
+    together, _ = tuner.item_losses(DATA.stopping)
+    alone = [float(tuner.item_losses([item])[0][0]) for item in DATA.stopping]
+    assert together.tolist() == pytest.approx(alone, abs=1e-5)
+    assert isinstance(collate(tuner.tokenizer, DATA.stopping, 0.0), Batch)
