@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Look at everything, show it, and raise LeapError if anything is wrong."""
-    checks = [_distributions(), _range(), _entry_point(), _signatures(), *map(_fragile, FRAGILE), _console_command()]
+    checks = _checks()
     result = {
         "ok": all(check.ok is not False for check in checks),
         "versions": versions(),
@@ -59,6 +60,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         found = "; ".join(f"{check.name}: {check.found}" for check in wrong)
         raise LeapError("this environment", found, " and ".join(dict.fromkeys(check.remedy for check in wrong)))
     return result
+
+
+def _checks() -> list[Check]:
+    """All findings. Those that take a Python of their own (vLLM's command: ten seconds) run beside the imports here."""
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        apart = [*(pool.submit(_fragile, name) for name in FRAGILE), pool.submit(_console_command)]
+        here = [_distributions(), _range(), _entry_point(), _signatures()]
+        return here + [check.result() for check in apart]
 
 
 def _attempt(name: str, sound: str, check: Callable[[], None]) -> Check:
