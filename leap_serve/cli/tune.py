@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli.console import noted_bar, say, table
@@ -16,7 +16,10 @@ from leap_serve.tasks.registry import PUBLISHED, TASKS, items_from_file, load_ta
 if TYPE_CHECKING:
     from leap_training.tune import TuneConfig, TuneData
 
-BASELINES = ("vanilla", "full", "kd", "kd-experts")
+BASELINES: dict[str, Literal["none", "logits", "experts"]] = {
+    "vanilla": "none", "full": "none", "kd": "logits", "kd-experts": "experts",
+}  # fmt: skip
+"""Rivals that move whole weights and routers by supervision, and what each learns from the full model."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,7 +122,7 @@ def _source(args: argparse.Namespace) -> Path:
     """Refuse, before anything is loaded, what cannot be tuned."""
     folder = resolve_model(args.checkpoint)
     checkpoint = Checkpoint.open(folder)
-    if checkpoint.plan is None and args.baseline is None:
+    if checkpoint.plan is None:
         raise UsageError(folder, "is a full model, nothing has been cut out of it", "cut it first with leap cut")
     if checkpoint.plan is not None and not checkpoint.plan.is_uniform:
         raise UnsupportedError(
@@ -132,6 +135,12 @@ def _source(args: argparse.Namespace) -> Path:
         raise UsageError("--baseline", "writes whole weights", "name a folder for them with --out")
     if (args.baseline or "").startswith("kd") and not args.teacher:
         raise UsageError(f"--baseline {args.baseline}", "learns from the full model", "name it with --teacher")
+    method = checkpoint.plan.made_by.get("method") if checkpoint.plan else None
+    if args.baseline == "vanilla" and method != "frequency":
+        raise UsageError(
+            "--baseline vanilla", f"starts from experts chosen by frequency, these were chosen by {method}",
+            "cut a plan of leap search --method frequency, or choose --baseline full",
+        )  # fmt: skip
     if args.out and args.out.exists() and any(args.out.iterdir()) and not args.force:
         raise UsageError(args.out, "exists and is not empty", "choose another --out, or pass --force to replace it")
     return folder
@@ -153,9 +162,11 @@ def _config(args: argparse.Namespace) -> TuneConfig:
     from leap_training.tune import TuneConfig
 
     rival = args.baseline is not None
+    distill = BASELINES[args.baseline] if rival else "none"
     return TuneConfig(
         rounds=args.rounds, labels=args.labels, steps=args.steps, batch=args.batch, accumulate=args.accumulate,
         learning_rate=args.learning_rate, experts="full" if rival else "none" if args.no_lora else "lora",
+        distill=distill, teacher=str(resolve_model(args.teacher)) if distill != "none" else None,
         rank=args.rank, adapter_l2=args.adapter_l2, rl_router=not (rival or args.no_rl_router),
         supervised_router=rival or args.supervised_router, router_warmup=args.router_warmup,
         router_every=args.router_every, patience=args.patience, seed=args.seed,

@@ -26,13 +26,12 @@ from leap_serve.tasks.base import Item
 from leap_training.active_learning import Acquisition, Pool, collect
 from leap_training.adapters import wrap
 from leap_training.batches import Batch, collate, token_losses, use_fast_experts
+from leap_training.distill import Teacher
 from leap_training.ppo import Rollout
 from leap_training.routing_agent import Exploration, RouterConfig, RoutingAgent, collect_rollout, improve
 from leap_training.tune_state import copy_into, load_optimizer, optimizer_tensors, read_state, write_state
 
 Report = Callable[[int, int, str], None]
-Objective = Callable[[Batch, torch.Tensor, float], torch.Tensor]
-"""(batch, logits [B, S, V], answer tokens of the whole minibatch) → what is added to the loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +44,8 @@ class TuneConfig:
         batch, accumulate: items of a step, and in how many parts they pass through the model.
         learning_rate: of the experts, rising over ``lr_warmup`` steps and falling linearly to 0.
         experts: "lora" adapters, "full" weights, or "none".
+        distill: what an expert step adds to its loss: "none", or what a full model's "logits" or "experts" say.
+        teacher: that model's folder.
         rank: of the adapters; alpha equals it.
         adapter_l2: μ of eq. 18, as AdamW's decoupled weight decay.
         rl_router: whether there are router steps.
@@ -63,6 +64,8 @@ class TuneConfig:
     learning_rate: float = 3e-3
     lr_warmup: int = 50
     experts: Literal["lora", "full", "none"] = "lora"
+    distill: Literal["none", "logits", "experts"] = "none"
+    teacher: str | None = None
     rank: int = 16
     adapter_l2: float = 0.01
     rl_router: bool = True
@@ -88,6 +91,8 @@ class TuneConfig:
             wrong.append("nothing is left to tune")
         if self.experts == "full" and self.dtype != "float32":
             wrong.append("AdamW on the experts' own weights needs float32")
+        if self.distill != "none" and self.teacher is None:
+            wrong.append("there is no teacher to distil from")
         if wrong:
             raise UsageError("leap tune", "; ".join(wrong), "correct these settings")
 
@@ -130,16 +135,9 @@ class Progress:
 class Tuner:
     """One tuning run of one checkpoint; ``state`` is the folder it can be resumed from."""
 
-    def __init__(
-        self,
-        folder: Path,
-        data: TuneData,
-        config: TuneConfig,
-        state: Path | None = None,
-        extra: Objective | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, data: TuneData, config: TuneConfig, state: Path | None = None) -> None:
         config.check()
-        self.config, self.data, self.state, self.extra = config, data, state, extra
+        self.config, self.data, self.state = config, data, state
         self.accelerator = Accelerator()
         self.checkpoint = Checkpoint.open(folder)
         self.pool = Pool(data.pool, data.tests)
@@ -163,6 +161,7 @@ class Tuner:
         self.policy_optimizer = torch.optim.AdamW(
             self.policy_names.values(), lr=config.router.learning_rate, weight_decay=0.0
         )
+        self.teacher = self._teacher()
         self.progress = Progress()
         self.best: dict[str, torch.Tensor] = {}
         self._resume()
@@ -279,8 +278,8 @@ class Tuner:
             logits = self._logits(part)
             loss = (token_losses(logits, part) * part.weights[:, 1:]).sum() / answer_tokens
             total += loss.detach()
-            if self.extra is not None:
-                loss = loss + self.extra(part, logits, answer_tokens)
+            if self.teacher is not None:
+                loss = loss + self.teacher(part, logits, answer_tokens)
             loss.backward()
         moved = [p for group in self.optimizer.param_groups for p in group["params"]]
         if accelerator.num_processes > 1:
@@ -326,6 +325,14 @@ class Tuner:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         return found
+
+    def _teacher(self) -> Teacher | None:
+        config, plan = self.config, self.checkpoint.plan
+        if config.distill == "none":
+            return None
+        assert config.teacher is not None and plan is not None
+        retained = {layer: of.retained for layer, of in plan.layers.items()}
+        return Teacher(Path(config.teacher), self.base, self.checkpoint.family, retained, config.distill)
 
     def _settings(self) -> dict[str, Any]:
         """What a state must agree in with the run that takes it up."""
