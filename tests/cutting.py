@@ -11,7 +11,15 @@ from leap_serve.checkpoint import Checkpoint
 from leap_serve.plan import LayerPlan, Plan
 
 ROUTERS = ("gate.weight", "gate.e_score_correction_bias", "router.weight", "router.bias")
-UNEVEN: Sequence[tuple[int, ...]] = ((0, 2, 5), (1, 3, 4, 7), (0, 1, 2, 3, 4, 5, 6, 7), (6, 7))
+FOUR_LAYERS: Sequence[tuple[int, ...]] = ((0, 2, 5), (1, 3, 4, 7), (0, 1, 2, 3, 4, 5, 6, 7), (6, 7))
+UNEVEN: Mapping[int, LayerPlan] = {0: LayerPlan((0, 2, 5), 2), 1: LayerPlan((1, 3, 4, 7), 2, 2.0)}
+EVEN: Mapping[int, LayerPlan] = {0: LayerPlan((0, 2, 5), 2), 1: LayerPlan((1, 3, 7), 2)}
+"""Of the synthetic model of two layers, eight experts each."""
+
+
+def plan_of(model: Path, layers: Mapping[int, LayerPlan] = UNEVEN) -> Plan:
+    """A plan for the synthetic model of two layers, or one that does not fit it."""
+    return Plan(Checkpoint.open(model).identity(), 8, layers)
 
 
 def plan_for(folder: Path, ids: Callable[[int], Sequence[int]], top_k: int | None = None, tau: float = 1.0) -> Plan:
@@ -25,7 +33,7 @@ def plan_for(folder: Path, ids: Callable[[int], Sequence[int]], top_k: int | Non
 
 
 def uneven(layer: int) -> Sequence[int]:
-    return UNEVEN[layer % 4]
+    return FOUR_LAYERS[layer % 4]
 
 
 def expected_of(

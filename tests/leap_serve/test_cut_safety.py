@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from cutting import EVEN, UNEVEN, plan_of
 from leap_serve.checkpoint import Checkpoint, check_cut
 from leap_serve.cli import main
 from leap_serve.cut import cut
@@ -24,18 +25,6 @@ from leap_serve.files import sha256_of
 from leap_serve.plan import BaseModel, LayerPlan, Plan
 from leap_serve.verify import verify
 from synthetic import make, qwen_config, qwen_tensors, read_all, read_safetensors, write_safetensors
-
-UNEVEN = {0: LayerPlan((0, 2, 5), 2), 1: LayerPlan((1, 3, 4, 7), 2, 2.0)}
-EVEN = {0: LayerPlan((0, 2, 5), 2), 1: LayerPlan((1, 3, 7), 2)}
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return make(tmp_path / "src" / "m", qwen_tensors(), qwen_config())
-
-
-def plan_of(model: Path, layers: dict[int, LayerPlan] = UNEVEN) -> Plan:
-    return Plan(Checkpoint.open(model).identity(), 8, layers)
 
 
 def tree(folder: Path) -> dict[str, str]:

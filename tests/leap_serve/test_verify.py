@@ -7,24 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from cutting import plan_of
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.cut import cut
 from leap_serve.errors import CheckpointError
-from leap_serve.plan import LayerPlan, Plan
 from leap_serve.verify import verify
 from synthetic import make, qwen_config, qwen_tensors, read_all, read_safetensors, write_safetensors
-
-UNEVEN = {0: LayerPlan((0, 2, 5), 2), 1: LayerPlan((1, 3, 4, 7), 2, 2.0)}
-EVEN = {0: LayerPlan((0, 2, 5), 2), 1: LayerPlan((1, 3, 7), 2)}
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return make(tmp_path / "src" / "m", qwen_tensors(), qwen_config())
-
-
-def plan_of(model: Path, layers: dict[int, LayerPlan] = UNEVEN) -> Plan:
-    return Plan(Checkpoint.open(model).identity(), 8, layers)
 
 
 def _flip(path: Path, offset: int) -> None:
