@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     knobs.add_argument("--kl-coef", type=float, default=0.02, help="β of eq. 18")
     knobs.add_argument("--ent-coef", type=float, default=0.001, help="η of eq. 18")
     knobs.add_argument("--latency-coef", type=float, default=0.0, help="λ of eq. 14")
+    knobs.add_argument("--latency", type=Path, help="for --latency-coef: a calibration on the engine, JSON")
     knobs.add_argument("--div-coef", type=float, default=1.0, help="η of eq. 17")
     knobs.add_argument("--adapter-l2", type=float, default=0.01, help="μ of eq. 18")
     knobs.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32; bfloat16 on a GPU")
@@ -173,11 +174,23 @@ def _config(args: argparse.Namespace) -> TuneConfig:
         dtype=args.dtype or ("bfloat16" if torch.cuda.is_available() and not rival else "float32"),
         checkpointing=args.checkpointing,
         router=RouterConfig(learning_rate=args.router_learning_rate, kl_coef=args.kl_coef, ent_coef=args.ent_coef,
-                            latency_coef=args.latency_coef),
+                            latency_coef=args.latency_coef, latency_per_read=_per_read(args.latency)),
         exploration=Exploration(args.exploration, args.noise, args.epsilon),
         acquisition=Acquisition(strategy="random" if rival or args.no_active_learning else "active",
                                 div_coef=args.div_coef),
     )  # fmt: skip
+
+
+def _per_read(path: Path | None) -> tuple[float, ...]:
+    """What one more expert read costs, by a calibration of leap_training.latency."""
+    if path is None:
+        return ()
+    from leap_training.latency import LatencyModel
+
+    model = LatencyModel.load(path)
+    if model.form == "counts":
+        raise UsageError(path, "knows the number of experts, not how many are read", "calibrate with another form")
+    return model.coefficients[1:-1]
 
 
 def _data(args: argparse.Namespace) -> TuneData:

@@ -178,11 +178,33 @@ def test_expert_reads_add_up_to_the_expected_distinct_experts() -> None:
     actions = torch.stack([torch.randperm(8, generator=random)[:2] for _ in range(600)])[:, None]
     shares = expert_reads(actions, 8, 4)
     frequency = torch.bincount(actions.flatten(), minlength=8) / 600
-    wanted = (1 - (1 - frequency) ** 4).sum() / 8
+    wanted = (1 - (1 - frequency) ** 4).sum()
     assert 4 * float(shares.mean()) == pytest.approx(float(wanted), rel=1e-5)
     # A token whose experts nobody else wants costs more than one that goes with the crowd.
     crowd = torch.tensor([[0, 1]] * 50 + [[2, 3]])[:, None]
     assert expert_reads(crowd, 8, 16)[-1, 0] > 5 * expert_reads(crowd, 8, 16)[0, 0]
+
+
+def test_a_latency_term_makes_tokens_go_with_the_crowd(family_checkpoint: Callable[[str], Path]) -> None:
+    """With λ large, PPO lowers the number of distinct experts that a decode step reads."""
+    batch = a_batch(rows=8, length=16)
+    model, agent = opened(family_checkpoint("qwen3_moe"), kind="epsilon", epsilon=0.3)
+
+    def losses() -> torch.Tensor:
+        return token_losses(model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits, batch)
+
+    config = RouterConfig(
+        tokens=1024, minibatch=256, gamma=0.0, latency_coef=300.0, latency_per_read=(0.01,), kl_coef=0.0
+    )
+    optimizer = torch.optim.AdamW([*agent.routers, agent.value], lr=1e-2, weight_decay=0.0)
+    found = []
+    for step in range(16):
+        random = torch.Generator().manual_seed(step)
+        rollout, metrics = collect_rollout(agent, losses, batch, config, random)
+        improve(agent, optimizer, rollout, config, random)
+        found.append(metrics)
+    assert found[0]["latency"] == pytest.approx(0.01 * 4 * found[0]["expert_reads"], rel=1e-4)
+    assert found[-1]["expert_reads"] < found[0]["expert_reads"] - 0.3
 
 
 def test_what_cannot_be_routed_is_refused() -> None:

@@ -251,7 +251,9 @@ class RouterConfig:
         kl_coef: β of eq. 18, on the KL to the sliced router.
         tokens: samples kept of a rollout, drawn at random; each holds the actions of all layers.
         minibatch: samples per gradient step.
-        latency_coef: λ of eq. 14, on the share of a decode step's expert reads that a token causes.
+        latency_coef: λ of eq. 14, on what a token's expert reads add to a decode step's latency.
+        latency_per_read: that latency, over the full model's, per expert read: one number or one per MoE layer,
+            as leap_training.latency fits them; () takes every expert of the model for an equal part of a step.
         latency_batch: tokens of that decode step.
     """
 
@@ -267,6 +269,7 @@ class RouterConfig:
     tokens: int = 4096
     minibatch: int = 1024
     latency_coef: float = 0.0
+    latency_per_read: tuple[float, ...] = ()
     latency_batch: int = 16
 
     def ppo(self) -> PPOConfig:
@@ -277,11 +280,11 @@ class RouterConfig:
 
 
 def expert_reads(actions: torch.Tensor, experts: int, batch: int) -> torch.Tensor:
-    """Each token's share [N, L] of the distinct experts that a decode step of ``batch`` such tokens reads, over E.
+    """Each token's share [N, L] of the distinct experts that a decode step of ``batch`` such tokens reads per layer.
 
     An expert chosen with frequency p is read by such a step with probability 1 − (1 − p)^batch, however many of its
-    tokens chose it, and they share the cost; summed over ``batch`` tokens this is the expected fraction of a layer's
-    experts that is read, which is what TPOT grows with (methods: §9).
+    tokens chose it, and they share the cost; summed over ``batch`` tokens this is the expected number of experts of
+    a layer that are read, which is what TPOT grows with (methods: §9).
 
     Args:
         actions: ids [N, L, K] of N tokens.
@@ -290,7 +293,7 @@ def expert_reads(actions: torch.Tensor, experts: int, batch: int) -> torch.Tenso
     for ids in actions.unbind(1):
         frequency = torch.bincount(ids.flatten(), minlength=experts).float() / len(ids)
         read = 1 - (1 - frequency.clamp_max(1.0)) ** batch
-        shares.append((read / (batch * frequency).clamp_min(1e-9))[ids].sum(-1) / experts)
+        shares.append((read / (batch * frequency).clamp_min(1e-9))[ids].sum(-1))
     return torch.stack(shares, 1)
 
 
@@ -317,8 +320,10 @@ def collect_rollout(
         torch.stack(parts, 1).unflatten(0, (rows, steps + 1))[:, :-1] for parts in (inputs, chosen)
     )  # [B, S − 1, L, H] and [B, S − 1, L, K]
     rewards = ((explored - plain) * weights)[..., None].expand(-1, -1, layers).clone()
-    reads = expert_reads(actions[credited], agent.experts, config.latency_batch)
-    rewards[credited] -= config.latency_coef * reads
+    reads = expert_reads(actions[credited], agent.experts, config.latency_batch) * config.latency_batch
+    per_read = config.latency_per_read or (1 / (agent.experts * layers),)
+    latency = reads * torch.tensor(per_read, device=reads.device)
+    rewards[credited] -= config.latency_coef * latency
     values = agent.critic(states.flatten(0, 1)).unflatten(0, (rows, steps)) * credited[..., None]
     over_time = (t.transpose(0, 1).flatten(1) for t in (rewards, values))
     gained, valued = over_time
@@ -335,7 +340,7 @@ def collect_rollout(
     total = weights.sum()
     return rollout, {
         "reward": float((explored * weights).sum() / total), "reward_greedy": float((plain * weights).sum() / total),
-        "expert_reads": float(reads.mean()) * config.latency_batch,
+        "expert_reads": float(reads.mean()), "latency": float(latency.sum(1).mean()),
     }  # fmt: skip
 
 
