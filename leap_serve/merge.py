@@ -1,7 +1,8 @@
 """Router head and adapter merged into the weights of a cut, one tensor at a time.
 
-The sum is computed in fp32 and rounded once to the tensor's own dtype, so a bf16 checkpoint stays bf16: what a
-step of its 8 bits cannot hold of ΔW is lost. Serve or export an fp32 checkpoint where that matters.
+The sum is computed in fp32 and rounded once: by the plugin to the dtype that is served, by ``leap export`` to
+that of the checkpoint. So a bf16 checkpoint served in fp32 loses nothing of ΔW, and served in bf16 it answers
+as its export does; what a step of bf16's 8 bits cannot hold of ΔW is then lost.
 """
 
 from __future__ import annotations
@@ -50,14 +51,16 @@ class Merge:
         """Tensors of router_head.safetensors."""
         return {entry.name for entry in self._rows.values()}
 
-    def merged(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def merged(self, name: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return a tensor of the checkpoint as the overlays make it: a new one, or the same if they leave it alone.
 
-        Shape, dtype and device stay. ``tensor`` may be a view of a file and is never written to.
+        A new one has the shape and device of ``tensor``, and ``dtype`` (None: its dtype too). ``tensor`` may be a
+        view of a file and is never written to.
         """
+        dtype = dtype or tensor.dtype
         row = self._rows.get(name)
         if row is not None:
-            return _read(row).to(tensor.device, tensor.dtype)
+            return _read(row).to(tensor.device, dtype)
         part = self._parts.get(name)
         if part is None:
             return tensor
@@ -66,10 +69,10 @@ class Merge:
             change = self._change(factors, part.expert, tensor.device)
             if part.parameter == "gate_up_proj":
                 change = change.chunk(2)[part.half]
-            return _sum(tensor, change)
-        out = torch.empty_like(tensor)
+            return (tensor.float() + change).to(dtype)
+        out = torch.empty_like(tensor, dtype=dtype)
         for expert in range(factors.experts):  # one expert's ΔW at a time
-            out[expert] = _sum(tensor[expert], self._change(factors, expert, tensor.device))
+            out[expert] = tensor[expert].float() + self._change(factors, expert, tensor.device)
         return out
 
     def _change(self, factors: Factors, expert: int, device: torch.device) -> torch.Tensor:
@@ -89,7 +92,3 @@ def _read(entry: TensorEntry) -> torch.Tensor:
     with safe_open(entry.file, "pt") as file:
         tensor: torch.Tensor = file.get_tensor(entry.name)
         return tensor
-
-
-def _sum(tensor: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    return (tensor.float() + change).to(tensor.dtype)

@@ -65,6 +65,21 @@ def head(fingerprint: str | None = None, rows: int | None = None) -> Damage:
     return damage
 
 
+def adapter_for(experts: int) -> Damage:
+    """Add an adapter on layer 0's down_proj as PEFT writes it, made for that many experts."""
+
+    def damage(folder: Path) -> None:
+        (folder / "adapter").mkdir()
+        name = "base_model.model.model.layers.0.mlp.experts.lora_{}.weight"
+        tensors = {name.format("A"): torch.zeros(2 * experts, 32), name.format("B"): torch.zeros(64, 2 * experts)}
+        metadata = {"leap_fingerprint": Plan.load(folder / "leap.json").fingerprint}
+        save_file(tensors, folder / "adapter" / "adapter_model.safetensors", metadata=metadata)
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_parameters": ["mlp.experts.down_proj"]}
+        (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+
+    return damage
+
+
 def narrow(name: str, dimension: int, length: int) -> Damage:
     """Shorten one tensor."""
 
@@ -92,7 +107,8 @@ CASES: dict[str, tuple[str, Damage, dict[str, Any], str]] = {
     "shard of another cut": ("qwen3_moe", rewrite(leap_fingerprint="beef"), {}, ".safetensors: has fingerprint beef"),
     "router head of another cut": ("qwen3_moe", head("beef"), {}, "router_head.safetensors: has fingerprint beef"),
     "router head of a wrong shape": ("qwen3_moe", head(rows=3), {}, "router_head.safetensors: tensor layers.0.weight has shape [3, 64], but layer 0 has 5 experts"),
-    "adapter": ("qwen3_moe", lambda folder: (folder / "adapter").mkdir(), {}, "adapter: holds an adapter that this version does not merge"),
+    "adapter without its weights": ("qwen3_moe", lambda folder: (folder / "adapter").mkdir(), {}, "adapter: has no adapter_model.safetensors"),
+    "adapter of another cut": ("qwen3_moe", adapter_for(3), {}, "experts.lora_A.weight has shape [6, 32], but layer 0 has 5 experts and down_proj [5, 64, 32], at rank 2"),
     "no leap.json": ("qwen3_moe", lambda folder: (folder / "leap.json").unlink(), {}, "has no leap.json, without which architecture LeapQwen3MoeForCausalLM cannot be served"),
     "truncated shard": ("qwen3_moe", truncate, {}, ".safetensors: "),
     "missing shard": ("qwen3_moe", lambda folder: shard_of(folder).unlink(), {}, ".safetensors: is missing, model.safetensors.index.json names it"),

@@ -32,19 +32,21 @@ class Cut:
         family: the row of its family.
         plan: what leap.json holds.
         merge: router head and adapter; changes nothing where there is neither.
+        dtype: that is served, to which merged tensors are rounded.
     """
 
     folder: Path
     family: Family
     plan: Plan
     merge: Merge
+    dtype: torch.dtype
 
     def with_overlays(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Pass the checkpoint's tensors on, router head and adapter merged in, one at a time and before any sharding."""
         for name, tensor in weights:
             # The head's own file comes by where vLLM takes every *.safetensors of the folder.
             if name not in self.merge.head_names:
-                yield name, self.merge.merged(name, tensor)
+                yield name, self.merge.merged(name, tensor, self.dtype)
 
 
 def open_cut(vllm_config: VllmConfig, family: Family) -> Cut:
@@ -63,7 +65,7 @@ def open_cut(vllm_config: VllmConfig, family: Family) -> Cut:
     check_cut(checkpoint)
     assert checkpoint.plan is not None  # check_cut refuses a checkpoint without one
     check_groups(checkpoint, checkpoint.plan)
-    return Cut(folder, family, checkpoint.plan, Merge(checkpoint))
+    return Cut(folder, family, checkpoint.plan, Merge(checkpoint), vllm_config.model_config.dtype)
 
 
 def check_groups(checkpoint: Checkpoint, plan: Plan) -> None:
