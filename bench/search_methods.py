@@ -10,7 +10,8 @@ All in one vLLM engine (leap-tiny whole, float32), one search after the other, e
 search starts from the profile of 256 training items and scores plans on the same 32 validation items; a seed decides
 what the method draws. Finding the best of the six observed rankings, which all but random-search start at, costs six
 of the evaluations. Losses called held-out and scores are of 128 test items, which nothing is chosen by: the best plan so far after 25, 50, … evaluations. rco
-spends its evaluations on training passes (8 items forward: a quarter of an evaluation; backward passes come on top).
+spends its evaluations on training passes (8 items forward: a quarter of an evaluation; backward passes come on top). The «loss» that
+evo-counts-esp searches by is 1 − ESP.
 One row per (task, experts, allocation, method, seed, warm) in bench/results/search_methods.jsonl; a row that is
 there is not measured again. Intervals are 95 % t-intervals of the mean over seeds.
 """
@@ -37,7 +38,7 @@ from leap_serve.files import append_jsonl
 from leap_serve.profile import Profile
 from leap_serve.tasks.registry import load_task
 from leap_serve.vllm_engine import VllmEngine
-from leap_training.controls import SEARCHES, Material
+from leap_training.controls import SEARCHES, Material, esp_evaluator
 from leap_training.pruning_agent import AgentConfig, best_ranking, search
 from leap_training.pruning_space import Ledger, PruningSpace, engine_evaluator
 from leap_training.saliency import OBSERVED, Routing, Scores, scores
@@ -46,7 +47,11 @@ RESULTS = Path(__file__).parent / "results" / "search_methods.jsonl"
 POLICIES = Path("runs/search-methods")
 TASKS = ("toy-gsm", "toy-code", "toy-xsum")
 ONE_SHOT = (*OBSERVED, "magnitude")
-METHODS = (*ONE_SHOT, *SEARCHES, "leap")
+METHODS = (*ONE_SHOT, *SEARCHES, "evo-counts-esp", "leap")
+COUNTED = ("evo-counts", "evo-counts-esp")
+"""Methods that choose how many experts each layer keeps, and are run at the same total."""
+SOURCE = 16
+"""Experts a layer keeps where the policy comes from that --meta carries to another budget."""
 POINTS = (25, 50, 100, 166, 250, 500)
 PROFILED = 256
 # Quantiles of Student's t at 97.5 % for 1, 2, … degrees of freedom.
@@ -74,23 +79,20 @@ class Run:
 
 def planned(args: argparse.Namespace) -> list[Run]:
     """The runs that the flags ask for, seeds outermost, so that an interrupted bench has whole comparisons."""
-    runs = []
+    runs: list[Run] = []
+    plain = args.method or not (args.meta or args.allocation)
     for seed, experts, task in itertools.product(range(args.seeds), args.experts, args.task):
         at = Run(task, experts, "uniform", "leap", seed, args.evaluations, args.items, args.held_out)
+        for method in (args.method or METHODS) if plain else ():
+            if method not in ONE_SHOT:
+                runs.append(replace(at, method=method, allocation="global" if method in COUNTED else "uniform"))
+            elif seed == 0:
+                runs.append(replace(at, method=method, evaluations=0))
         if args.meta:
-            runs += [at, replace(at, warm="tasks"), *([replace(at, warm="budget")] if experts != 16 else [])]
-        elif args.allocation:
-            methods = args.method or ["leap", "evolution"]
-            runs += [replace(at, allocation=a, method=m) for m in methods for a in ("uniform", "global")]
-        else:
-            for method in args.method or METHODS:
-                if method in ONE_SHOT:
-                    one = replace(at, method=method, evaluations=0)
-                    runs += [one] if seed == 0 else []
-                else:
-                    allocation = "global" if method == "evo-counts" else "uniform"
-                    runs.append(replace(at, method=method, allocation=allocation))
-    return runs
+            runs += [at, replace(at, warm="tasks"), *([replace(at, warm="budget")] if experts != SOURCE else [])]
+        if args.allocation:
+            runs += [replace(at, method=m, allocation=a) for m in ("leap", "evolution") for a in ("uniform", "global")]
+    return list(dict.fromkeys(runs))
 
 
 class Bench:
@@ -114,7 +116,8 @@ class Bench:
             Routing.of(self.profile(run.task)), experts=run.experts, allocation=run.allocation
         )  # fmt: skip
         items = load_task(run.task).items("validation", run.items)
-        return Ledger(engine_evaluator(self.engine, items), space), Material(self.engine.checkpoint.folder, items)
+        judged = esp_evaluator if run.method == "evo-counts-esp" else engine_evaluator
+        return Ledger(judged(self.engine, items), space), Material(self.engine.checkpoint.folder, items)
 
     def measure(self, run: Run) -> dict[str, Any]:
         """Search, then look at test items."""
@@ -130,7 +133,7 @@ class Bench:
             prior: Scores = {}
             if run.method != "random-search":
                 more["prior"], prior = best_ranking(self.profile(run.task), ledger)
-            cost = SEARCHES[run.method](ledger, prior, run.evaluations, run.seed, None, material)
+            cost = SEARCHES[run.method.removesuffix("-esp")](ledger, prior, run.evaluations, run.seed, None, material)
             if cost is not None:
                 marks = cost.marks
                 more |= {"forward_items": cost.forward_items, "backward_items": cost.backward_items}
@@ -163,7 +166,7 @@ class Bench:
         if not run.warm:
             return None
         if run.warm == "budget":
-            return self.trained(replace(run, experts=16, warm=""), None)
+            return self.trained(replace(run, experts=SOURCE, warm=""), None)
         first, second = (replace(run, task=task, warm="") for task in TASKS if task != run.task)
         return self.trained(second, self.trained(first, None), chain=f"-after-{first.task}")
 
@@ -379,7 +382,7 @@ def main() -> None:
         args.task, args.experts, args.seeds, args.evaluations = ["toy-gsm"], [8], 2, 26
         args.items, args.held_out, args.profiled = 4, 4, 8
     done = {Run.of(row) for row in read(args.results)}
-    missing = [] if args.summary else [run for run in dict.fromkeys(planned(args)) if run not in done]
+    missing = [] if args.summary else [run for run in planned(args) if run not in done]
     if missing:
         bench = Bench(args)
         for number, run in enumerate(missing, 1):

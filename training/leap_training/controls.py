@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from leap_serve.engine import Engine, mean_esp
 from leap_serve.errors import LeapError, UsageError
+from leap_serve.plan import Plan
 from leap_serve.tasks.base import Item
-from leap_training.pruning_space import Chosen, Ledger, PruningSpace
+from leap_training.pruning_space import Chosen, Evaluator, Ledger, PruningSpace
 from leap_training.saliency import Scores
 
 if TYPE_CHECKING:
@@ -22,6 +24,15 @@ Report = Callable[[Ledger], None]
 """Called after every batch of evaluations."""
 PARENTS = 16
 """The best plans so far that an evolution breeds from."""
+
+
+def esp_evaluator(engine: Engine, items: Sequence[Item]) -> Evaluator:
+    """1 − ESP against the full model, in [0, 1], in place of the loss: EvoESAP's own fitness."""
+
+    def evaluate(plans: Sequence[Plan]) -> list[float]:
+        return [1.0 - mean_esp(scores) for scores in engine.score_plans(plans, items, esp=True)]
+
+    return evaluate
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +149,8 @@ def evolve_counts(
 
     Begun with the global ranking's counts and with equal ones. A child is one of the 16 best plans, drawn by binary
     tournaments, after one to three level switches: some experts fewer in one layer, as many more in another. Raises
-    UsageError where the allocation is uniform: its counts are fixed.
+    UsageError where the allocation is uniform: its counts are fixed. With a ledger of :func:`esp_evaluator` the fitness
+    is EvoESAP's.
     """
     check_method("evo-counts", ledger.space)
     random, space = np.random.default_rng(seed), ledger.space
