@@ -3,62 +3,110 @@
 from __future__ import annotations
 
 import argparse
-import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from leap_serve.checkpoint import Checkpoint, resolve_model
-from leap_serve.cli.console import noted_bar, say, table
-from leap_serve.cli.engines import open_engine
-from leap_serve.encoding import items_sha256
+from leap_serve.cli.console import say, table
 from leap_serve.errors import UsageError
+from leap_serve.files import new_folder, write_json
 from leap_serve.plan import Plan
 from leap_serve.profile import Profile
-from leap_serve.tasks.base import Item
-from leap_serve.tasks.registry import TASKS, load_task
+from leap_serve.provenance import made_by
+from leap_serve.tasks.registry import TASKS
+from leap_serve.workload import Workload
 
 OBSERVED = ("frequency", "gate-mass", "ean", "ean-mean", "ean-weighted", "reap")
 ONE_SHOT = (*OBSERVED, "magnitude", "random")
-SEARCHED = ("leap", "random-search", "greedy", "evolution")
+FRONT = "pareto.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
+    from leap_training.controls import SEARCHES
+
+    searched = ("leap", *SEARCHES)
     parser.add_argument("source", help="a profile folder; for magnitude and random also the model itself")
-    parser.add_argument("--method", required=True, choices=(*ONE_SHOT, *SEARCHED))
+    parser.add_argument("--method", required=True, choices=(*ONE_SHOT, *searched))
     size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--budget", type=float, help="fraction of the routed experts to keep, e.g. 0.125")
-    size.add_argument("--experts", type=int, help="experts to keep per layer (with global: on average)")
+    size.add_argument("--budget", type=float, nargs="+", help="fraction of the routed experts to keep, e.g. 0.125")
+    size.add_argument("--experts", type=int, nargs="+", help="experts to keep per layer (with global: on average)")
     parser.add_argument("--allocation", default="uniform", choices=("uniform", "global"))
     parser.add_argument("--guard-super-experts", action="store_true", help="keep experts with outlying activations")
     parser.add_argument("--top-k", type=int, help="experts per token of the plan (default: the model's)")
     parser.add_argument("--temperature", type=float, default=1.0, help="router temperature of the plan (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of whatever is drawn")
+    _add_searching(parser, searched)
+    parser.add_argument(
+        "-o", "--out", type=Path, required=True,
+        help="the plan to write, e.g. plan.json; with several budgets a folder of plan-BUDGET.json and pareto.json",
+    )  # fmt: skip
+    parser.add_argument("--force", action="store_true", help="replace --out if it exists")
+
+
+def _add_searching(parser: argparse.ArgumentParser, searched: tuple[str, ...]) -> None:
+    """Add the flags of searches with an engine."""
     search = parser.add_argument_group(
-        "searching", f"for {', '.join(SEARCHED)}: plans are scored by the engine on validation items of the task"
+        "searching", f"for {', '.join(searched)}: plans are scored by the engine on validation items of the task"
     )
-    search.add_argument("--task", help=f"one of {', '.join(TASKS)}")
+    search.add_argument("--task", help=f"{', '.join(TASKS)}, or a published task")
     search.add_argument("--episodes", type=int, default=500, help="plans to evaluate (default 500)")
     search.add_argument("--items", type=int, default=32, help="validation items per evaluation (default 32)")
     search.add_argument("--prior", default="best", choices=("best", *OBSERVED), help="ranking to start at")
     search.add_argument("--model", help="the full model (default: the one that was profiled)")
     search.add_argument("--engine", default="vllm", choices=("vllm", "torch"))
-    search.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    search.add_argument("--state", type=Path, help="leap: folder to save after every update, and to continue from")
-    search.add_argument("--warm", type=Path, help="leap: policy of an earlier search to start with")
-    search.add_argument("--save-policy", type=Path, help="leap: where to write the policy's shared weights")
-    parser.add_argument("-o", "--out", type=Path, required=True, help="the plan to write, e.g. plan.json")
-    parser.add_argument("--force", action="store_true", help="replace --out if it exists")
+    search.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default: float32 on a CPU, else auto)")
+    search.add_argument("--tensorboard", type=Path, help="folder for TensorBoard's scalars")
+    reward = parser.add_argument_group("reward", "R = α·1/(1 + loss) − β·(share retained) − λ·TPOT/TPOT_full")
+    reward.add_argument("--alpha", type=float, default=1.0, help="weight of quality (default 1)")
+    reward.add_argument("--beta", dest="size_coef", type=float, default=0.0, help="weight of size (default 0)")
+    reward.add_argument("--lambda", dest="latency_coef", type=float, default=0.0, help="weight of latency (default 0)")
+    reward.add_argument(
+        "--workload", type=workload, default="16,16,32", help="batch, input and output tokens that λ speaks of"
+    )
+    reward.add_argument("--measure", action="store_true", help="measure the chosen plans' TPOT (always with λ)")
+    agent = parser.add_argument_group("agent", "for leap")
+    agent.add_argument("--batch", type=int, help="episodes per update")
+    agent.add_argument("--patience", type=int, help="stop after so many updates without a better plan")
+    agent.add_argument("--state", type=Path, help="folder to save after every update, and to continue from")
+    agent.add_argument("--warm", type=Path, help="policy of an earlier search to start with")
+    agent.add_argument("--save-policy", type=Path, help="where to write the policy's shared weights")
+    ahead = parser.add_argument_group("look-ahead", "the plan that is best before tuning need not be best after it")
+    ahead.add_argument("--lookahead", type=int, default=0, metavar="N", help="judge finalists after N tuning steps")
+    ahead.add_argument("--finalists", type=int, default=8, help="distinct plans to tune (default 8)")
+    ahead.add_argument("--lookahead-episodes", type=int, default=0, help="leap: go on searching by that loss")
+
+
+def workload(text: str) -> Workload:
+    """Parse batch,input,output."""
+    try:
+        batch, given, made = (int(part) for part in text.split(","))
+        return Workload("search", given, made, batch)
+    except (ValueError, UsageError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not batch,input,output, e.g. 16,16,32") from None
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Choose, write the plan and show its counts."""
-    if args.out.is_dir():
-        raise UsageError(args.out, "is a folder", "give the name of a file, e.g. plan.json")
-    if args.out.exists() and not args.force:
-        raise UsageError(args.out, "exists", "choose another --out, or pass --force to replace it")
+    """Choose, write the plans and show them."""
+    sizes = _sizes(args)
+    _check_out(args, len(sizes))
     source = _source(args.source)
-    plan, more = _searched(args, source) if args.method in SEARCHED else (_one_shot(args, source), {})
+    plans: dict[str, tuple[Plan, dict[str, Any]]]
+    if args.method in ONE_SHOT:
+        plans = {label: (_one_shot(args, source, size), {}) for label, size in sizes.items()}
+    else:
+        from leap_serve.cli.searching import Search
+
+        plans = {label: (one.plan, one.figures) for label, one in Search.of(args, source, sizes).run().items()}
+    if len(plans) == 1:
+        (found,) = plans.values()
+        return _single(args, *found)
+    return _front(args, plans)
+
+
+def _single(args: argparse.Namespace, plan: Plan, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Write and show one plan."""
     plan.save(args.out)
     table(
         f"{args.method}, {args.allocation}: {sum(plan.counts)} of {plan.num_experts * len(plan.layers)} experts"
@@ -66,22 +114,78 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         ["layer", "experts kept", "top_k"],
         [[index, len(layer.retained), layer.top_k] for index, layer in plan.layers.items()],
     )
-    if more:
+    if figures:
         say(
-            f"{more['evaluations']} plans evaluated, from {more['prior']}: "
-            f"loss {more['prior_loss']:.4f} → {more['loss']:.4f}"
+            f"{figures['evaluations']} plans evaluated, from {figures['prior']}: "
+            f"loss {figures['prior_loss']:.4f} → {figures['loss']:.4f}"
         )
+    if ahead := figures.get("lookahead"):
+        say(
+            f"{ahead['evaluations']} plans tuned for {ahead['steps']} steps: the best one's loss on other items "
+            f"{ahead['loss_untuned']:.4f} → {ahead['loss_tuned']:.4f}"
+        )
+    if "tpot_ms" in figures:
+        say(f"TPOT {figures['tpot_ms']:.2f} ms, of the full model {figures['full_tpot_ms']:.2f} ms")
     notices = list(plan.made_by.get("notices", []))
     for notice in notices:
         say(f"note: {notice}")
     return {
         "out": str(args.out), "method": args.method, "allocation": args.allocation, "retained": plan.counts,
         "top_k": [layer.top_k for layer in plan.layers.values()], "num_experts": plan.num_experts,
-        "fingerprint": plan.fingerprint, "notices": notices, **more,
+        "fingerprint": plan.fingerprint, "notices": notices, **figures,
     }  # fmt: skip
 
 
-def _one_shot(args: argparse.Namespace, source: Profile | Checkpoint) -> Plan:
+def _front(args: argparse.Namespace, plans: Mapping[str, tuple[Plan, dict[str, Any]]]) -> dict[str, Any]:
+    """Write one plan per budget and pareto.json, all or nothing, and show what each costs."""
+    rows = [
+        {
+            "budget": label, "plan": f"plan-{label}.json", "retained": sum(plan.counts), "counts": plan.counts,
+            "share": sum(plan.counts) / (plan.num_experts * len(plan.layers)), "fingerprint": plan.fingerprint,
+            **figures,
+        }
+        for label, (plan, figures) in plans.items()
+    ]  # fmt: skip
+    for row in rows if "loss" in rows[0] else ():
+        row["dominated"] = any(_dominates(other, row) for other in rows)
+    front = {"method": args.method, "allocation": args.allocation, "task": args.task, "plans": rows}
+    with new_folder(args.out, args.force) as work:
+        for label, (plan, _) in plans.items():
+            plan.save(work / f"plan-{label}.json")
+        write_json(work / FRONT, {**front, "made_by": made_by(seed=args.seed)})
+    shown = [key for key in ("loss", "tpot_ms") if key in rows[0]]
+    table(
+        f"{args.method}, {args.allocation} → {args.out}",
+        ["budget", "experts kept", *("loss" if key == "loss" else "TPOT ms" for key in shown), "plan"],
+        [[row["budget"], row["retained"], *(f"{row[key]:.4f}" for key in shown), row["plan"]] for row in rows],
+    )
+    return {"out": str(args.out), **front}
+
+
+def _dominates(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether a plan is nowhere worse than another and somewhere better: in size, loss and, where measured, TPOT."""
+    keys = [key for key in ("retained", "loss", "tpot_ms") if key in one]
+    return all(one[key] <= other[key] for key in keys) and any(one[key] < other[key] for key in keys)
+
+
+def _sizes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The budgets, by what their plans are called."""
+    given: list[tuple[str, dict[str, Any]]] = [(f"{value:g}", {"budget": value}) for value in args.budget or ()]
+    given += [(str(value), {"experts": value}) for value in args.experts or ()]
+    if len(dict(given)) < len(given):
+        raise UsageError("--budget, --experts", "name a size twice", "give each once")
+    return dict(given)
+
+
+def _check_out(args: argparse.Namespace, budgets: int) -> None:
+    """Refuse, before any work, an --out that cannot be written."""
+    if budgets == 1 and args.out.is_dir():
+        raise UsageError(args.out, "is a folder", "give the name of a file, e.g. plan.json")
+    if args.out.exists() and not args.force and (budgets == 1 or args.out.is_file() or any(args.out.iterdir())):
+        raise UsageError(args.out, "exists", "choose another --out, or pass --force to replace it")
+
+
+def _one_shot(args: argparse.Namespace, source: Profile | Checkpoint, size: dict[str, Any]) -> Plan:
     """Score and allocate."""
     from leap_training.saliency import Routing, allocate, scores, super_experts
 
@@ -90,72 +194,13 @@ def _one_shot(args: argparse.Namespace, source: Profile | Checkpoint) -> Plan:
         if not isinstance(source, Profile):
             raise UsageError("--guard-super-experts", "needs a profile, not a model", "give a profile folder")
         protect = super_experts(source)
-    data = {"data_sha256": source.data_sha256} if isinstance(source, Profile) else {}
+    data: dict[str, Any] = {"data_sha256": source.data_sha256} if isinstance(source, Profile) else {}
     return allocate(
-        scores(source, args.method, args.seed), Routing.of(source), experts=args.experts, budget=args.budget,
+        scores(source, args.method, args.seed), Routing.of(source), **size,
         allocation=args.allocation, top_k=args.top_k, temperature=args.temperature, protect=protect,
         method=args.method, seed=args.seed, **data,
         super_experts={str(layer): sorted(ids) for layer, ids in (protect or {}).items()},
     )  # fmt: skip
-
-
-def _searched(args: argparse.Namespace, profile: Profile | Checkpoint) -> tuple[Plan, dict[str, Any]]:
-    """Search with the engine; returns the plan and what the search found out."""
-    from leap_training.controls import SEARCHES
-    from leap_training.pruning_agent import AgentConfig, best_ranking, search
-    from leap_training.pruning_space import Ledger, PruningSpace, engine_evaluator
-    from leap_training.saliency import Routing, scores
-
-    items = _check_search(args, profile)
-    assert isinstance(profile, Profile)
-    space = PruningSpace.of(
-        Routing.of(profile), experts=args.experts, budget=args.budget, allocation=args.allocation, top_k=args.top_k,
-        temperature=args.temperature,
-    )  # fmt: skip
-    engine = open_engine(args.engine, args.model or profile.made_by.get("model") or profile.base.id, args.dtype)
-    record = {"task": args.task, "seed": args.seed, "profile_data_sha256": profile.data_sha256, "notices": []}
-    try:
-        ledger = Ledger(engine_evaluator(engine, items), space)
-        name = args.prior
-        if name == "best":
-            name, prior = best_ranking(profile, ledger)
-        else:
-            prior = scores(profile, name)
-        with noted_bar(f"search {args.task}") as bar:
-
-            def show(_: object = None) -> None:
-                bar(ledger.evaluations, args.episodes, f"best reward {ledger.curve[-1]:.4f}")
-
-            if args.method == "leap":
-                plan = search(
-                    profile, prior, ledger, AgentConfig(episodes=args.episodes, seed=args.seed), state=args.state,
-                    data_sha256=items_sha256(items), warm=args.warm, save_policy=args.save_policy, report=show,
-                    prior_method=name, **record,
-                ).plan  # fmt: skip
-            else:
-                SEARCHES[args.method](ledger, prior, args.episodes, args.seed, show)
-                plan = space.plan(ledger.best()[0], method=args.method, prior_method=name, **record)
-    finally:
-        engine.close()
-    start = ledger.losses.get(space.best_of(prior).tobytes(), math.nan)
-    more = {"prior": name, "prior_loss": start, "loss": ledger.best()[2], "evaluations": ledger.evaluations}
-    return plan, more
-
-
-def _check_search(args: argparse.Namespace, source: Profile | Checkpoint) -> list[Item]:
-    """Refuse, before any work, what cannot be searched; returns the items that plans are scored on."""
-    if not isinstance(source, Profile):
-        raise UsageError(f"--method {args.method}", "needs a profile, not a model", "make one with leap profile")
-    if args.task is None:
-        raise UsageError(f"--method {args.method}", "needs --task", f"choose one of {', '.join(TASKS)}")
-    if args.guard_super_experts:
-        raise UsageError("--guard-super-experts", "is for one-shot methods", "leave it out")
-    if args.episodes < 1 or args.items < 1:
-        raise UsageError("--episodes, --items", f"are {args.episodes} and {args.items}", "give 1 or more")
-    if args.method != "leap" and (args.state or args.warm or args.save_policy):
-        raise UsageError("--state, --warm, --save-policy", f"mean nothing to {args.method}", "leave them out")
-    # Validation only: the test split is never looked at, and the profile has seen the training split.
-    return load_task(args.task).items("validation", args.items, args.seed)
 
 
 def _source(given: str) -> Profile | Checkpoint:

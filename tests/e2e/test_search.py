@@ -1,4 +1,4 @@
-"""`leap search --method leap` and its controls on leap-tiny, with real engines, and a real kill."""
+"""`leap search` on leap-tiny with real engines: one budget, several, latency, look-ahead, and a real kill."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from typing import Any
 import pytest
 
 from leap_serve.cli import main
+from leap_serve.engine import mean_loss
 from leap_serve.plan import Plan
+from leap_serve.profile import Profile
 from leap_serve.tasks.registry import load_task
+from leap_training.splits import validation_part
 
 pytestmark = pytest.mark.e2e
-SIZE = ["--experts", "8", "--task", "toy-gsm", "--items", "4"]
+TASK = ["--task", "toy-gsm", "--items", "4"]
+SIZE = ["--experts", "8", *TASK]
 
 
 @pytest.fixture(scope="module")
@@ -34,60 +38,122 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_the_agent_searches_in_vllm_and_its_plan_holds_what_it_promised(
+def test_several_budgets_in_vllm_with_latency_in_the_reward(
     profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     from leap_serve.torch_engine import TorchEngine
 
-    out = tmp_path / "plan.json"
-    command = ["search", str(profile), "--method", "leap", *SIZE, "--episodes", "24", "-o", str(out), "--json"]
-    assert main([*command, "--dtype", "float32"]) == 0
+    out, events = tmp_path / "plans", tmp_path / "events"
+    command = [
+        "search", str(profile), "--method", "leap", "--experts", "16", "8", *TASK, "--episodes", "24", "--batch", "8",
+        "--lambda", "0.1", "--beta", "0.05", "--workload", "4,8,4", "--tensorboard", str(events),
+        "--save-policy", str(tmp_path / "policy.safetensors"), "-o", str(out), "--json",
+    ]  # fmt: skip
+    assert main(command) == 0
     found = last_line(capsys)
-    assert found["evaluations"] == 24 and found["loss"] <= found["prior_loss"]
-    plan = Plan.load(out)
-    assert plan.counts == [8] * 4 and plan.made_by["method"] == "leap" and plan.made_by["task"] == "toy-gsm"
+    front = json.loads((out / "pareto.json").read_text())
+    assert front["plans"] == found["plans"] and front["made_by"]["argv"]
+    assert sorted(path.name for path in out.iterdir()) == ["pareto.json", "plan-16.json", "plan-8.json"]
+    assert (tmp_path / "policy.safetensors").stat().st_size > 0
+    items = validation_part(load_task("toy-gsm"), "search", 4)
     engine = TorchEngine("leap-tiny", dtype="float32", device="cpu")
-    try:
-        (scores,) = engine.score_plans([plan], load_task("toy-gsm").items("validation", 4))
-    finally:
-        engine.close()
-    assert -sum(s.logprob for s in scores) / sum(s.tokens for s in scores) == pytest.approx(found["loss"], abs=1e-3)
+    for row, kept in zip(front["plans"], (16, 8), strict=True):
+        plan = Plan.load(out / row["plan"])
+        assert plan.counts == row["counts"] == [kept] * 4 and row["fingerprint"] == plan.fingerprint
+        assert row["evaluations"] == 24 and row["loss"] <= row["prior_loss"]
+        # The engine searches in float32 on a CPU without being told, so that another engine agrees.
+        (scores,) = engine.score_plans([plan], items)
+        assert mean_loss(scores) == pytest.approx(row["loss"], abs=1e-3)
+        made = plan.made_by
+        assert made["method"] == "leap" and made["reward"]["latency_coef"] == 0.1 and made["settings"]["batch"] == 8
+        assert row["tpot_ms"] > 0 and row["full_tpot_ms"] > 0 and row["tpot_over_full"]["pairs"] == 12
+        scalars = EventAccumulator(str(events / row["budget"])).Reload()
+        curve = [(one.step, one.value) for one in scalars.Scalars("search/best_reward")]
+        assert curve[-1][0] == 24 and curve[-1][1] == pytest.approx(made["search_reward"], abs=1e-6)
+        assert {"search/best_loss", "search/heat", "search/approx_kl"} <= set(scalars.Tags()["scalars"])
+    engine.close()
+    assert front["plans"][0]["loss"] < front["plans"][1]["loss"]
 
 
-def test_a_killed_search_continues_to_the_same_plan(profile: Path, tmp_path: Path) -> None:
+def test_look_ahead_chooses_by_the_loss_after_tuning(
+    profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plan.json"
+    command = [
+        "search", str(profile), "--method", "leap", *SIZE, "--episodes", "40", "--prior", "gate-mass", "--batch", "8",
+        "--engine", "torch", "--lookahead", "3", "--finalists", "3", "--lookahead-episodes", "6", "-o", str(out),
+        "--json",
+    ]  # fmt: skip
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    ahead = json.loads(captured.out.splitlines()[-1])["lookahead"]
+    assert ahead["finalists"] == 3 and ahead["evaluations"] == 9 and ahead["loss_tuned"] < ahead["loss_untuned"]
+    assert "search toy-gsm 8 40/40" in captured.err and "evaluations/s" in captured.err
+    plan = Plan.load(out)
+    assert plan.made_by["lookahead"] == ahead and plan.made_by["method"] == "leap" and plan.counts == [8] * 4
+
+
+@pytest.mark.parametrize("prior", ["gate-mass", "best"])
+def test_a_killed_search_continues_to_the_same_plan(profile: Path, tmp_path: Path, prior: str) -> None:
     def start(name: str, state: str) -> subprocess.Popen[bytes]:
         command = [
             sys.executable, "-m", "leap_serve.cli", "search", str(profile), "--method", "leap", *SIZE,
-            "--episodes", "80", "--prior", "gate-mass", "--engine", "torch", "--dtype", "float32",
+            "--episodes", "80", "--prior", prior, "--engine", "torch",
             "-o", str(tmp_path / name), "--state", str(tmp_path / state),
         ]  # fmt: skip
         return subprocess.Popen(command, env={**os.environ, "PYTHONSAFEPATH": "1"})
 
     assert start("whole.json", "one").wait(timeout=300) == 0
     process = start("killed.json", "two")
+    # With the best of the rankings: killed between finding it and the first update.
+    sign = tmp_path / "two" / ("prior.json" if prior == "best" else "search.json")
     deadline = time.monotonic() + 300
-    while not (tmp_path / "two" / "search.json").exists():
+    while not sign.exists():
         assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
+        time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=60)
     assert not (tmp_path / "killed.json").exists()
-    spent = json.loads((tmp_path / "two" / "search.json").read_text())["progress"]["evaluations"]
-    assert 0 < spent < 80
+    if prior != "best":
+        spent = json.loads((tmp_path / "two" / "search.json").read_text())["progress"]["evaluations"]
+        assert 0 < spent < 80
     assert start("again.json", "two").wait(timeout=300) == 0
     whole, again = (Plan.load(tmp_path / name) for name in ("whole.json", "again.json"))
-    assert again.fingerprint == whole.fingerprint
+    assert again.fingerprint == whole.fingerprint and whole.made_by["evaluations"] == 80
     assert again.made_by["search_loss"] == whole.made_by["search_loss"]
 
 
 def test_refusals_before_any_model_is_loaded(profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = ["-o", str(tmp_path / "plan.json"), "--experts", "8"]
-    leap = ["search", str(profile), "--method", "leap", *out]
-    assert main(leap) == 2 and "needs --task" in capsys.readouterr().err
-    assert main([*leap, "--task", "toy-gsm", "--episodes", "0"]) == 2
-    assert main([*leap, "--task", "toy-gsm", "--guard-super-experts"]) == 2
-    assert main(["search", "leap-tiny", "--method", "leap", "--task", "toy-gsm", *out]) == 2
-    greedy = ["search", str(profile), "--method", "greedy", "--task", "toy-gsm", *out]
-    assert main([*greedy, "--state", str(tmp_path / "state")]) == 2
-    assert "Traceback" not in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    def refused(*flags: str, source: str = str(profile), method: str = "leap") -> str:
+        assert main(["search", source, "--method", method, "-o", str(tmp_path / "plan.json"), *flags]) in (1, 2)
+        return capsys.readouterr().err
+
+    assert "needs --task" in refused("--experts", "8")
+    assert "--episodes" in refused(*SIZE, "--episodes", "0")
+    assert "tries 6 rankings" in refused(*SIZE, "--episodes", "5")
+    assert "--guard-super-experts" in refused(*SIZE, "--guard-super-experts")
+    assert "needs a profile" in refused(*SIZE, source="leap-tiny")
+    assert "means nothing to greedy" in refused(*SIZE, "--state", str(tmp_path / "state"), method="greedy")
+    assert "name a size twice" in refused("--experts", "8", "8", *TASK)
+    assert "needs --lookahead" in refused(*SIZE, "--lookahead-episodes", "4")
+    assert "uniform" in refused(*SIZE, method="evo-counts")
+    grouped = tmp_path / "grouped"
+    Profile.load(profile).save(grouped)
+    content = json.loads((grouped / "profile.json").read_text())
+    (grouped / "profile.json").write_text(json.dumps({**content, "groups": 4, "chosen_groups": 2}))
+    assert "routing groups" in refused(*SIZE, source=str(grouped))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grouped"]
+
+
+def test_one_shot_methods_take_several_budgets(
+    profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plans"
+    command = ["search", str(profile), "--method", "reap", "--budget", "0.25", "0.125", "-o", str(out), "--json"]
+    assert main(command) == 0
+    rows = last_line(capsys)["plans"]
+    assert [(row["budget"], row["retained"]) for row in rows] == [("0.25", 64), ("0.125", 32)]
+    assert Plan.load(out / "plan-0.125.json").counts == [8] * 4
+    assert main(command) == 2 and "exists" in capsys.readouterr().err
