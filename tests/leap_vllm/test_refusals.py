@@ -109,6 +109,7 @@ CASES: dict[str, tuple[str, Damage, dict[str, Any], str]] = {
     "router head of a wrong shape": ("qwen3_moe", head(rows=3), {}, "router_head.safetensors: tensor layers.0.weight has shape [3, 64], but layer 0 has 5 experts"),
     "adapter without its weights": ("qwen3_moe", lambda folder: (folder / "adapter").mkdir(), {}, "adapter: has no adapter_model.safetensors"),
     "adapter of another cut": ("qwen3_moe", adapter_for(3), {}, "experts.lora_A.weight has shape [6, 32], but layer 0 has 5 experts and down_proj [5, 64, 32], at rank 2"),
+    "adapter twice": ("qwen3_moe", adapter_for(5), {"enable_lora": True}, "--enable-lora: would apply adapters on top of adapter/adapter_model.safetensors"),
     "no leap.json": ("qwen3_moe", lambda folder: (folder / "leap.json").unlink(), {}, "has no leap.json, without which architecture LeapQwen3MoeForCausalLM cannot be served"),
     "truncated shard": ("qwen3_moe", truncate, {}, ".safetensors: "),
     "missing shard": ("qwen3_moe", lambda folder: shard_of(folder).unlink(), {}, ".safetensors: is missing, model.safetensors.index.json names it"),

@@ -14,7 +14,7 @@ from leap_serve.architectures import Family, text_config
 from leap_serve.checkpoint import MANIFEST, Checkpoint, check_cut, check_experts, resolve_model
 from leap_serve.errors import CheckpointError, UnsupportedError
 from leap_serve.merge import Merge
-from leap_serve.overlays import check_overlays
+from leap_serve.overlays import ADAPTER, check_overlays
 from leap_serve.plan import Plan
 
 if TYPE_CHECKING:
@@ -65,6 +65,11 @@ def open_cut(vllm_config: VllmConfig, family: Family) -> Cut:
     check_cut(checkpoint)
     assert checkpoint.plan is not None  # check_cut refuses a checkpoint without one
     check_groups(checkpoint, checkpoint.plan)
+    if (folder / ADAPTER).exists() and vllm_config.lora_config is not None:
+        raise UnsupportedError(
+            "--enable-lora", f"would apply adapters on top of {ADAPTER}, which is merged into the experts at load",
+            "serve without it, or merge with leap export first",
+        )  # fmt: skip
     return Cut(folder, family, checkpoint.plan, Merge(checkpoint), vllm_config.model_config.dtype)
 
 
