@@ -107,6 +107,34 @@ def test_output_entropy_and_no_uncertainty(load: Callable[[str], Any], tokenizer
     assert not collect(model, tokenizer, ITEMS, Acquisition(uncertainty="none")).u.any()
 
 
+def test_doubt_about_the_own_answer(load: Callable[[str], Any], tokenizer: Any) -> None:
+    """Batched decoding with a cache against one item at a time without; one answer ends early, at a made-up end."""
+    model = load("qwen3_moe").eval()
+    ends, expected = [], []
+    for number, item in enumerate(ITEMS):
+        ids = tokenizer(item.prompt or item.answer, add_special_tokens=False)["input_ids"]
+        logps: list[float] = []
+        for _ in range(6):
+            with torch.no_grad():
+                best = model(input_ids=torch.tensor([ids])).logits[0, -1].double().log_softmax(-1).max(-1)
+            logps.append(best.values.item())
+            ids = [*ids, best.indices.item()]
+            if number == 0 and len(logps) == 2:
+                ends.append(ids[-1])
+            if ids[-1] in ends:
+                break
+        expected.append(-sum(logps) / len(logps))
+        assert number or len(logps) == 2
+    tokenizer.eos_token_id = ends[0]
+    how = Acquisition(uncertainty="answer", answer_tokens=6)
+    try:
+        found = collect(model, tokenizer, ITEMS, how, batch=4)
+    finally:
+        tokenizer.eos_token_id = 2
+    assert found.u.tolist() == pytest.approx(expected, abs=1e-4)
+    assert (found.h - collect(model, tokenizer, ITEMS).h).abs().max() < 1e-6, "states are of the prompt alone"
+
+
 def test_wide_states_are_projected(load: Callable[[str], Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, items = load("qwen3_moe"), load_task("toy-gsm").items("train", 24)
     whole = collect(model, tokenizer, items).h
@@ -158,13 +186,14 @@ def test_every_kind_of_batch() -> None:
 def test_settings_out_of_range_are_refused() -> None:
     for wrong, message in (
         (dict(strategy="best"), "choose one of active, random"),
-        (dict(uncertainty="loss"), "choose one of entropy, margin, output, none"),
+        (dict(uncertainty="loss"), "choose one of entropy, margin, output, answer, none"),
         (dict(diversity="dpp"), "choose one of nearest"),
         (dict(layers="middle"), "choose one of mean"),
         (dict(div_coef=-1.0), "at least 0"),
         (dict(div_coef=float("nan")), "at least 0"),
         (dict(al_temperature=0.0), "above 0"),
         (dict(random_share=1.5), r"in \[0, 1\]"),
+        (dict(answer_tokens=0), "at least 1"),
     ):
         with pytest.raises(UsageError, match=message):
             Acquisition(**wrong)  # type: ignore[arg-type]

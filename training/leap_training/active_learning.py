@@ -16,14 +16,14 @@ import numpy as np
 import torch
 
 from leap_serve.architectures import family_of
-from leap_serve.encoding import encode_prompts
+from leap_serve.encoding import encode_prompts, end_ids
 from leap_serve.errors import LeapError, UnsupportedError, UsageError
 from leap_serve.tasks.base import Item, fingerprint
 from leap_training.batch_choice import greedy, k_means_plus_plus
 from leap_training.splits import refuse_test_items
 
 Strategy = Literal["active", "random"]
-Uncertainty = Literal["entropy", "margin", "output", "none"]
+Uncertainty = Literal["entropy", "margin", "output", "answer", "none"]
 Diversity = Literal["nearest", "k-means++", "none"]
 Layers = Literal["mean", "first", "last"]
 STATE_WIDTH = 8192
@@ -38,13 +38,14 @@ class Acquisition:
         strategy: "active", or "random" batches of the same size, the paper's baseline.
         uncertainty: u(x): "entropy" of the routers (eq. 15), "margin" between their two most probable experts
             (1 − p₍₁₎ + p₍₂₎), "output" (mean entropy of the model's next-token distribution over the prompt),
-            or "none".
+            "answer" (mean −log p of the tokens of the model's own greedy answer: no label, but decoding), or "none".
         diversity: "nearest" is Div(B) of eq. 17; "k-means++" draws items with probability u(x)·d(x, B)², as
             BADGE does (Ash et al. 2020); "none" takes the highest u.
         layers: u(x) and h(x) of all MoE layers (ours; the paper does not say), the first or the last alone.
         div_coef: η of eq. 17.
         al_temperature: T of eq. 16.
         random_share: part of every batch that is drawn at random instead, in [0, 1].
+        answer_tokens: how far "answer" decodes.
     """
 
     strategy: Strategy = "active"
@@ -54,6 +55,7 @@ class Acquisition:
     div_coef: float = 1.0
     al_temperature: float = 1.0
     random_share: float = 0.0
+    answer_tokens: int = 32
 
     def __post_init__(self) -> None:
         """Refuse what is out of range."""
@@ -67,6 +69,8 @@ class Acquisition:
             raise UsageError("al_temperature", f"is {self.al_temperature}", "give a number above 0")
         if not 0 <= self.random_share <= 1:
             raise UsageError("random_share", f"is {self.random_share}", "give a number in [0, 1]")
+        if self.answer_tokens < 1:
+            raise UsageError("answer_tokens", f"is {self.answer_tokens}", "give at least 1")
 
 
 class Features(NamedTuple):
@@ -120,7 +124,13 @@ def collect(
                 watch.mask = mask
                 logits = model(input_ids=tokens, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
                 seen = watch.taken()
-                u.append(_mean(_entropy(logits), mask).double().cpu() if how.uncertainty == "output" else seen.u)
+                if how.uncertainty == "output":
+                    u.append(_mean(_entropy(logits), mask).double().cpu())
+                elif how.uncertainty == "answer":
+                    watch.mask = None
+                    u.append(_answer_doubt(model, tokens, mask, end_ids(tokenizer), how.answer_tokens))
+                else:
+                    u.append(seen.u)
                 h.append(seen.h)
                 if progress is not None:
                     progress(min(start + batch, len(order)), len(order))
@@ -135,12 +145,14 @@ class _Watch:
 
     def __init__(self, how: Acquisition, width: int) -> None:
         self.how, self.width = how, width
-        self.mask = torch.empty(0)
+        self.mask: torch.Tensor | None = None
         self._u: dict[int, torch.Tensor] = {}
         self._h: dict[int, torch.Tensor] = {}
 
     def see(self, layer: int, sigmoid: bool, x: torch.Tensor, output: tuple[torch.Tensor, ...]) -> None:
-        """Take in a router's input [B·S, H] and output: logits first, of Llama-4 second."""
+        """Take in a router's input [B·S, H] and output: logits first, of Llama-4 second. Without a mask, do nothing."""
+        if self.mask is None:
+            return
         z = output[1 if sigmoid else 0].reshape(*self.mask.shape, -1).float() / self.how.al_temperature
         if self.how.uncertainty == "margin":
             best = z.softmax(-1).topk(min(2, z.shape[-1]), -1).values
@@ -200,6 +212,32 @@ def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean over the real tokens: values [B, S] or [B, S, H] under mask [B, S] to [B] or [B, H]."""
     weight = (mask / mask.sum(1, keepdim=True)).to(values.dtype)
     return torch.einsum("bs...,bs->b...", values, weight)
+
+
+def _answer_doubt(model: Any, ids: torch.Tensor, mask: torch.Tensor, ends: list[int], limit: int) -> torch.Tensor:
+    """Decode greedily after prompts [B, S] and return the mean −log p of the tokens, end of text included, [B] float64."""
+    # Decoding wants the padding on the left.
+    pad = ids.shape[1] - mask.sum(1, keepdim=True)
+    place = torch.arange(ids.shape[1], device=ids.device)[None]
+    ids, mask = ids.gather(1, (place - pad) % ids.shape[1]), (place >= pad).long()
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    total = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
+    count, going, cache = total.clone(), mask[:, -1].bool(), None
+    for _ in range(limit):
+        out = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+            logits_to_keep=1,
+        )  # fmt: skip
+        best = out.logits[:, -1].float().log_softmax(-1).max(-1)
+        total -= best.values.double() * going
+        count += going
+        going &= ~torch.isin(best.indices, torch.tensor(ends, device=ids.device))
+        if not going.any():
+            break
+        cache, ids = out.past_key_values, best.indices[:, None]
+        mask = torch.cat([mask, torch.ones_like(ids)], 1)
+        positions = positions[:, -1:] + 1
+    return (total / count).cpu()
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
