@@ -185,10 +185,10 @@ def learn_scores(
     material: Material | None = None,
 ) -> Cost:
     """:func:`leap_training.rco.rco` on the material's model and items."""
-    from leap_training.rco import rco
-
     if material is None:
         raise LeapError("--method rco", "learns from the model itself", "give its folder and the items as Material")
+    from leap_training.rco import rco
+
     return rco(material.model, ledger, scores, material.items, evaluations, seed, report)
 
 
