@@ -79,7 +79,7 @@ def route(
         if table.limited:
             weights = limit(weights, merit, table.top_k[slots], choosing.renormalise)
         return weights, ids
-    masked = logits + penalty.to(logits.dtype)
+    masked = logits + (penalty if penalty.dtype == logits.dtype else penalty.to(logits.dtype))
     weights, ids = stock(masked)
     if table.limited:
         weights = limit(weights, masked.gather(1, ids.long()), table.top_k[slots], choosing.renormalise)
@@ -145,6 +145,7 @@ class Subsets:
         self._each_slot = torch.arange(MAX_SLOTS, device=runner.device).split(1)
         self._shared: torch.Tensor | None = None
         self._filled = 0
+        self._step: tuple[bytes, bytes] | None = None
         self._undo = [
             self._hook_router(self._tables[layer], choosing[layer], found.router)
             for layer, found in self.layers.items()
@@ -204,6 +205,10 @@ class Subsets:
 
     def _before_step(self, slots: np.ndarray, tokens: np.ndarray) -> None:
         """Make each token of a step find its slot: slots and token counts of the requests [R], in the batch's order."""
+        step = slots.tobytes(), tokens.tobytes()
+        if step == self._step:  # Decoding: what the last step wrote still holds.
+            return
+        self._step = step
         if not self._fixed:
             self._active = bool(slots.any())
             if not self._active:
