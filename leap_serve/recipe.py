@@ -3,7 +3,7 @@
     model: leap-tiny
     task: toy-gsm                     # or data: train.jsonl
     profile: {limit: 256}
-    search: {method: reap, experts: 16}
+    search: {method: leap, experts: 16, episodes: 300}
     cut: {}
     eval: {limit: 200}
     bench: {kind: latency, rounds: 6}
@@ -26,8 +26,10 @@ import yaml
 from leap_serve.errors import LeapError, UsageError
 
 STAGES = ("profile", "search", "cut", "verify", "eval", "bench")
-OURS = {"out", "json", "force", "vs", "base", "task", "data", "results"}
+OURS = {"out", "json", "force", "vs", "base", "task", "data", "results", "state"}
 """Flags that the runner sets itself."""
+STATE = "search"
+"""Folder of a run that an agent's search continues from when it was interrupted; one subfolder per setting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ class Recipe:
         profile, plan, cut = str(out / "profile"), str(out / "plan.json"), str(out / "checkpoint")
         fixed: dict[str, tuple[list[str], str | None]] = {
             "profile": ([self.model, *source, "--out", profile, "--force"], "profile"),
-            "search": ([profile, "--out", plan, "--force"], "plan.json"),
+            "search": ([profile, "--out", plan, "--force", *(source if self.task else [])], "plan.json"),
             "cut": ([self.model, plan, "--out", cut, "--force"], "checkpoint"),
             "verify": ([cut, "--base", self.model], None),
             "eval": ([cut, *(["--task", self.task] if self.task else [])], None),
@@ -92,6 +94,8 @@ class Recipe:
             for flag, value in given.items():
                 argv += _flag(flag, value)
             digest.update(json.dumps(argv).encode())
+            if name == "search" and given.get("method") == "leap":
+                argv += ["--state", str(out / STATE / digest.hexdigest()[:12])]
             work.append(Stage(name, tuple(argv), writes, digest.hexdigest()))
         return work
 
@@ -115,6 +119,13 @@ def _problems(raw: Mapping[Any, Any]) -> Iterator[str]:
         yield "give either task or data"
     if "eval" in raw and not raw.get("task"):
         yield "eval needs a task"
+    search = raw.get("search")
+    if isinstance(search, dict):
+        if search.get("method") == "leap" and not raw.get("task"):
+            yield "search.method leap needs a task"
+        for size in ("experts", "budget"):
+            if isinstance(search.get(size), list) and len(search[size]) != 1:
+                yield f"search.{size} lists several budgets, and a run cuts one"
     for name in STAGES:
         flags = raw.get(name) or {}
         if not isinstance(flags, dict):

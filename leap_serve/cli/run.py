@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from leap_serve.cli.console import say, table
 from leap_serve.errors import LeapError
 from leap_serve.files import read_json, write_json
 from leap_serve.provenance import made_by
-from leap_serve.recipe import Recipe, Stage
+from leap_serve.recipe import STATE, Recipe, Stage
 
 RECORD = "run.json"
 
@@ -33,6 +34,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     path = out / RECORD
     record: dict[str, Any] = read_json(path) if path.exists() and not args.again else {"stages": {}}
     known = record.get("stages", {})
+    if args.again:
+        shutil.rmtree(out / STATE, ignore_errors=True)
     done: dict[str, Any] = {}
     for stage in recipe.plan_of_work(out):
         before = known.get(stage.name)

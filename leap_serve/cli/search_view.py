@@ -66,7 +66,7 @@ def search_view(label: str, total: int, tensorboard: Path | None = None) -> Iter
     with contextlib.ExitStack() as stack:
         writer = None
         if tensorboard is not None:
-            writer = open_writer(tensorboard)
+            writer = tensorboard_writer()(str(tensorboard))
             stack.callback(writer.close)
         console, bar = Console(stderr=True), None
         if console.is_terminal:
@@ -76,14 +76,14 @@ def search_view(label: str, total: int, tensorboard: Path | None = None) -> Iter
         yield SearchView(label, total, bar, writer)
 
 
-def open_writer(folder: Path) -> Any:
-    """TensorBoard's writer of a folder; LeapError where its package is missing."""
+def tensorboard_writer() -> Any:
+    """TensorBoard's writer class; LeapError where its package is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise LeapError(
             "--tensorboard",
             "the package tensorboard is not installed",
-            "pip install leap-serve[train], or leave it out",
+            'pip install "leap-serve[train]", or leave it out',
         ) from None
-    return SummaryWriter(str(folder))
+    return SummaryWriter

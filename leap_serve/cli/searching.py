@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli.console import progress_bar, say
 from leap_serve.cli.engines import LazyEngine, scoring_dtype
-from leap_serve.cli.search_view import search_view
+from leap_serve.cli.search_view import search_view, tensorboard_writer
 from leap_serve.encoding import items_sha256
 from leap_serve.errors import UsageError
 from leap_serve.files import read_json, write_bytes, write_json
@@ -280,4 +280,6 @@ def _check(args: argparse.Namespace, source: Profile | Checkpoint) -> Profile:
     for flag in ("state", "warm", "save_policy", "batch", "patience", "lookahead_episodes"):
         if args.method != "leap" and getattr(args, flag):
             raise UsageError(f"--{flag.replace('_', '-')}", f"means nothing to {args.method}", "leave it out")
+    if args.tensorboard is not None:
+        tensorboard_writer()
     return source

@@ -45,6 +45,17 @@ def test_a_recipe_becomes_verbs(tmp_path: Path) -> None:
     assert "--batch 1 2" in " ".join(stages[4].argv)
 
 
+def test_an_agents_search_gets_its_task_and_a_state_of_its_own(tmp_path: Path) -> None:
+    text = GOOD.replace("method: reap", "method: leap")
+    search = Recipe.load(write(tmp_path, text)).plan_of_work(Path("out"))[1]
+    assert search.argv[1:6] == ("out/profile", "--out", "out/plan.json", "--force", "--task")
+    state = search.argv[search.argv.index("--state") + 1]
+    assert state.startswith("out/search/")
+    other = Recipe.load(write(tmp_path, text.replace("experts: 16", "experts: 8"))).plan_of_work(Path("out"))[1]
+    assert other.argv[other.argv.index("--state") + 1] != state
+    assert "--state" not in Recipe.load(write(tmp_path, GOOD)).plan_of_work(Path("out"))[1].argv
+
+
 def test_keys_follow_from_everything_before(tmp_path: Path) -> None:
     one = Recipe.load(write(tmp_path, GOOD)).plan_of_work(Path("out"))
     two = Recipe.load(write(tmp_path, GOOD.replace("experts: 16", "experts: 8"))).plan_of_work(Path("out"))
@@ -64,6 +75,9 @@ def test_keys_follow_from_everything_before(tmp_path: Path) -> None:
         ("model: m\ntask: t\nprofile: {out: x}", "profile.out is set by the run itself"),
         ("model: m\ntask: t\nprofile: 3", "profile is not a mapping"),
         ("model: m\ndata: d\nprofile: {}\nsearch: {}\ncut: {}\neval: {}", "eval needs a task"),
+        ("model: m\ndata: d\nprofile: {}\nsearch: {method: leap}", "search.method leap needs a task"),
+        ("model: m\ntask: t\nprofile: {}\nsearch: {experts: [8, 16]}", "search.experts lists several budgets"),
+        ("model: m\ntask: t\nprofile: {}\nsearch: {state: s}", "search.state is set by the run itself"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, text: str, message: str) -> None:
