@@ -35,9 +35,10 @@ from leap_serve.torch_engine import TorchEngine
 from leap_training.controls import evolution
 from leap_training.finetune import FinetuneConfig, finetune
 from leap_training.lookahead import LookAhead, finalists
-from leap_training.pruning_agent import Agent, AgentConfig, StateFolder, best_ranking, fingerprint
+from leap_training.pruning_agent import Agent, AgentConfig, best_ranking
 from leap_training.pruning_space import Ledger, PruningSpace
 from leap_training.saliency import Routing, allocate, scores
+from leap_training.search_state import StateFolder, fingerprint
 
 RESULTS = Path(__file__).parent / "results" / "lookahead.jsonl"
 MODEL, TASK, PROFILED = "leap-tiny", "toy-gsm", 256

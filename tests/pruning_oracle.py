@@ -26,6 +26,7 @@ class Oracle:
         self.synergy = np.triu(pairs, 1)
         self.asked = 0
         self.calls: list[int] = []
+        self.sizes: list[int] = []
 
     def loss(self, chosen: Chosen) -> float:
         kept = chosen.astype(float)
@@ -35,6 +36,7 @@ class Oracle:
     def __call__(self, plans: Sequence[Plan]) -> list[float]:
         self.asked += len(plans)
         self.calls.append(len(plans))
+        self.sizes += [sum(plan.counts) for plan in plans]
         return [self.loss(subset_of(plan)) for plan in plans]
 
 

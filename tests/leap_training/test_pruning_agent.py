@@ -13,10 +13,12 @@ import torch
 
 from leap_serve.errors import CheckpointError, LeapError, UsageError
 from leap_serve.plan import Plan
+from leap_training.controls import evolution
 from leap_training.pruning_agent import Agent, AgentConfig, search
-from leap_training.pruning_policy import Episodes
-from leap_training.pruning_space import Ledger, Reward
+from leap_training.pruning_policy import Episodes, PruningPolicy
+from leap_training.pruning_space import Ledger, PruningSpace, Reward
 from leap_training.saliency import Routing, allocate, scores
+from leap_training.search_state import load_shared
 from pruning_oracle import EXPERTS, KEEP, LAYERS, Oracle, all_subsets, ledger, profile
 
 PROFILE = profile()
@@ -179,12 +181,12 @@ def test_shared_weights_carry_over_to_another_budget(tmp_path: Path) -> None:
     search(PROFILE, SCORES, ledger(Oracle()), QUICK, save_policy=path)
     warm = Agent(PROFILE, SCORES, ledger(Oracle(), "global", experts=2), QUICK)
     cold = warm.policy.static().detach().clone()
-    warm.warm_start(path)
+    load_shared(warm.policy, path)
     assert not torch.equal(warm.policy.static(), cold) and not warm.policy.offset.any()
     search(PROFILE, SCORES, ledger(Oracle(), "global", experts=2), AgentConfig(episodes=20), warm=path)
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(CheckpointError):
-        warm.warm_start(path)
+        load_shared(warm.policy, path)
 
 
 def test_the_reward_weighs_quality_size_and_latency() -> None:
@@ -208,3 +210,103 @@ def test_the_plan_says_what_made_it(tmp_path: Path) -> None:
     made = json.loads((tmp_path / "plan.json").read_text())["made_by"]
     assert made["method"] == "leap" and made["evaluations"] == 120 and made["task"] == "toy-gsm"
     assert Plan.load(tmp_path / "plan.json").fingerprint == found.plan.fingerprint
+
+
+class Warm(Oracle):
+    """An oracle whose loss also depends on each layer's temperature: it is best at the second of three."""
+
+    def __call__(self, plans: Sequence[Plan]) -> list[float]:
+        losses = super().__call__(plans)
+        return [
+            loss + sum(abs(math.log(layer.temperature / 0.7)) for layer in plan.layers.values())
+            for loss, plan in zip(losses, plans, strict=True)
+        ]
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_temperatures_are_searched_per_layer(allocation: str) -> None:
+    space = PruningSpace.of(
+        Routing.of(PROFILE), experts=KEEP, allocation=allocation, temperature=(0.5, 0.7, 1.0), may_stop=False
+    )
+    book = Ledger(Warm(), space)
+    found = search(PROFILE, SCORES, book, AgentConfig(episodes=150, batch=12))
+    assert {layer.temperature for layer in found.plan.layers.values()} == {0.7}
+    first = book.space.plan(book.subset(next(iter(book.rewards))))
+    assert {layer.temperature for layer in first.layers.values()} == {1.0}
+    made = Agent(PROFILE, SCORES, Ledger(Warm(), space), QUICK)
+    picks = made.policy.draw(300, torch.Generator().manual_seed(0))
+    assert all(space.legal(chosen) for chosen in made.subsets(picks))
+    total = Episodes(made.policy, picks).logprobs.exp().sum(-1)
+    torch.testing.assert_close(total, torch.ones_like(total))
+
+
+@pytest.mark.parametrize(("size_coef", "full"), [(0.0, True), (6.0, False)])
+def test_an_episode_stops_early_where_size_costs_more_than_it_brings(size_coef: float, full: bool) -> None:
+    oracle = Oracle()
+    oracle.synergy[:] = 0.0
+    space = PruningSpace.of(Routing.of(PROFILE), experts=4, allocation="global", may_stop=True)
+    found = search(PROFILE, SCORES, Ledger(oracle, space, Reward(size_coef=size_coef)), AgentConfig(episodes=150))
+    assert (sum(found.plan.counts) == space.budget) is full
+    if not full:
+        assert found.plan.counts == list(space.top_k), "every further expert costs more than it brings"
+    picks = stirred_to_stop(space).draw(2000, torch.Generator().manual_seed(0))
+    logprobs = Episodes(stirred_to_stop(space), picks[:1]).logprobs[0]
+    step = len(space.schedule) - space.schedule.count(None)
+    same = picks[picks[:, :step].eq(picks[0, :step]).all(1)]
+    seen = torch.bincount(same[:, step], minlength=logprobs.shape[1]) / len(same)
+    torch.testing.assert_close(seen, logprobs[step].exp(), atol=4 / math.sqrt(len(same)), rtol=0)
+    stop = logprobs.shape[1] - 1
+    assert all((row[(row == stop).int().argmax() :] == stop).all() for row in picks if (row == stop).any())
+
+
+def stirred_to_stop(space: PruningSpace) -> PruningPolicy:
+    """A policy that stops now and then, and hardly varies before it may."""
+    made = Agent(PROFILE, SCORES, Ledger(Oracle(), space), QUICK).policy
+    with torch.no_grad():
+        made.halt.copy_(torch.tensor([-1.0, 0.5]))
+        made.offset[:, :2] += 6.0
+    return made
+
+
+def test_dense_rewards_evaluate_every_step_that_is_a_plan() -> None:
+    oracle = Oracle()
+    config = AgentConfig(episodes=100, batch=8, reward="dense")
+    found = search(PROFILE, SCORES, ledger(oracle), config)
+    sizes = set(oracle.sizes)
+    floor, whole = LAYERS * 2, LAYERS * KEEP
+    assert sizes == set(range(floor, whole + 1)), "the floors' plan, the whole one, and all between"
+    assert sum(found.plan.counts) == whole and found.evaluations == 100
+    made = Agent(PROFILE, SCORES, ledger(Oracle()), config)
+    picks = made.policy.draw(3, made.generator)
+    gains, known = made._evaluate(picks, [])
+    assert known == [0, 1, 2] and (gains[:, : floor - 1] == 0).all() and (gains[:, floor - 1 :] > 0).all()
+
+
+def test_shaping_sums_to_nothing_over_an_episode() -> None:
+    plain, shaped = (Agent(PROFILE, SCORES, ledger(Oracle()), AgentConfig(shaping=shaping)) for shaping in (0.0, 0.7))
+    picks = plain.policy.draw(5, torch.Generator().manual_seed(0))
+    bare, lent = plain._evaluate(picks, [])[0], shaped._evaluate(picks, [])[0]
+    torch.testing.assert_close(lent.sum(1), bare.sum(1))
+    assert (lent[:, 0] > bare[:, 0]).all()
+
+
+class Distant(Oracle):
+    """An oracle whose losses stay well above 0."""
+
+    def loss(self, chosen: np.ndarray) -> float:
+        return 14.0 + super().loss(chosen)
+
+
+def test_the_model_spares_evaluations() -> None:
+    """As many evaluations with the model, without it, and by evolution, in a space too large to try."""
+    layers, experts, found = 3, 24, {"model": 0.0, "none": 0.0, "evolution": 0.0}
+    prior = scores(profile(layers, experts), "reap")
+    for seed in range(3):
+        for name, more in (("model", {}), ("none", {"screening": 0, "dreams": 0})):
+            book = ledger(Distant(layers, experts, seed), experts=6)
+            config = AgentConfig(episodes=160, seed=seed, **more)
+            found[name] += search(profile(layers, experts), prior, book, config).loss
+        book = ledger(Distant(layers, experts, seed), experts=6)
+        evolution(book, prior, 160, seed)
+        found["evolution"] += book.best()[2]
+    assert found["model"] < found["none"] < found["evolution"]

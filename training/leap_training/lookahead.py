@@ -30,9 +30,10 @@ from leap_serve.tasks.base import Item
 from leap_serve.torch_subsets import Shrunk, moe_blocks
 from leap_training.batches import Batch, collate, weighted_loss
 from leap_training.finetune import FinetuneConfig
-from leap_training.pruning_agent import Agent, AgentConfig, StateFolder, fingerprint
+from leap_training.pruning_agent import Agent, AgentConfig
 from leap_training.pruning_space import Chosen, Ledger
 from leap_training.saliency import Scores
+from leap_training.search_state import StateFolder, fingerprint
 
 SCORED = 64
 """Held-out items per forward pass."""
@@ -171,7 +172,7 @@ def finalists(ledger: Ledger, count: int, overlap: float = 0.9) -> list[Chosen]:
     chosen: list[Chosen] = []
     for key in sorted(ledger.rewards, key=lambda one: -ledger.rewards[one]):
         subset = ledger.subset(key)
-        if all(jaccard(subset, other) <= overlap for other in chosen):
+        if ledger.space.legal(subset) and all(jaccard(subset, other) <= overlap for other in chosen):
             chosen.append(subset)
         if len(chosen) == count:
             break

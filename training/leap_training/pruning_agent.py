@@ -1,31 +1,29 @@
 """The pruning agent (LEAP §3.1): PPO over whole subsets, started at a saliency ranking, on real evaluations.
 
-One episode picks every retained expert, one after the other; its reward is one plan evaluation. Picks, features
-and baseline are in :mod:`leap_training.pruning_policy`, rewards and counting in :mod:`leap_training.pruning_space`.
+One episode picks every retained expert, one after the other; its reward is one plan evaluation. Between batches of
+evaluations the policy also trains on a model of what was evaluated so far, and of many episodes it draws, the model
+chooses which to evaluate (DyNA-PPO, Angermueller et al. 2020): evaluations are dear, draws are not. Picks and features
+are in :mod:`leap_training.pruning_policy`, rewards and counting in :mod:`leap_training.pruning_space`, the model in
+:mod:`leap_training.surrogate`, the state on disk in :mod:`leap_training.search_state`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 
-from leap_serve.errors import CheckpointError, UsageError
-from leap_serve.files import read_json, sha256_of, write_bytes, write_json
+from leap_serve.errors import UsageError
 from leap_serve.plan import Plan
 from leap_serve.profile import Profile
 from leap_training import ppo
 from leap_training.pruning_policy import (
-    AdditiveCritic,
+    Critic,
     Episodes,
     PruningPolicy,
     expert_features,
@@ -34,6 +32,8 @@ from leap_training.pruning_policy import (
 )
 from leap_training.pruning_space import Chosen, Ledger
 from leap_training.saliency import OBSERVED, Scores, scores
+from leap_training.search_state import StateFolder, below, fingerprint, load_shared, save_shared
+from leap_training.surrogate import Surrogate
 
 HEATING = 1.15
 IDLE = 40
@@ -46,18 +46,27 @@ class AgentConfig:
 
     Args:
         episodes: plan evaluations to spend (repeated plans are free).
-        batch: episodes per update, evaluated in one call.
+        batch: plans per update, evaluated in one call.
+        reward: "terminal" (R of the finished plan) or "dense" (R of every step that is a plan; LEAP's algorithm 1).
+        shaping: c of the potential-based shaping c·(Φ(s') − Φ(s)), Φ = the prior's saliency that is chosen.
         prior_strength: see :func:`leap_training.pruning_policy.prior_logits`.
         learning_rate: of the shared weights.
-        offset_rate: of the offsets of single experts.
+        offset_rate: of the offsets of single experts, on evaluated plans.
         ppo_epochs, clip_coef, gae_lambda, ent_coef, target_kl: PPO's; gamma is 1, an episode has a fixed length.
-        ridge, half_life: of the value baseline; half_life in plans.
+        screening: episodes drawn for each one that the model chooses to be evaluated; 0 evaluates what is drawn.
+        optimism: the model's standard deviations added to its prediction, so that the unknown is tried.
+        trust_after: evaluations before the model is used.
+        trust_r2: leave-one-out R² below which it is not.
+        dreams: updates on the model between two batches of evaluations; 0 for none.
+        dream_episodes, dream_epochs, dream_rate: of these updates; dream_rate replaces offset_rate.
         patience: stop after so many updates without a better plan; 0 never does.
         seed: of everything that is drawn.
     """
 
     episodes: int = 500
     batch: int = 16
+    reward: str = "terminal"
+    shaping: float = 0.0
     prior_strength: float = 3.0
     learning_rate: float = 3e-4
     offset_rate: float = 0.3
@@ -66,10 +75,20 @@ class AgentConfig:
     gae_lambda: float = 0.5
     ent_coef: float = 0.0
     target_kl: float | None = None
-    ridge: float = 1.0
-    half_life: float = 200.0
+    screening: int = 16
+    optimism: float = 2.0
+    trust_after: int = 32
+    trust_r2: float = 0.2
+    dreams: int = 8
+    dream_episodes: int = 64
+    dream_epochs: int = 2
+    dream_rate: float = 0.05
     patience: int = 0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.reward not in ("terminal", "dense"):
+            raise UsageError("--reward", f"there is no {self.reward!r}", "choose terminal or dense")
 
 
 class Agent:
@@ -78,76 +97,154 @@ class Agent:
     def __init__(self, profile: Profile, prior: Scores, ledger: Ledger, config: AgentConfig) -> None:
         self.config, self.ledger, self.space = config, ledger, ledger.space
         self.prior = prior
+        features = expert_features(profile, self.space)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.policy = PruningPolicy(
-                expert_features(profile, self.space), similarity(profile, self.space),
-                prior_logits(prior, self.space, config.prior_strength), self.space,
+                features, similarity(profile, self.space), prior_logits(prior, self.space, config.prior_strength),
+                self.space,
             )  # fmt: skip
-        self.critic = AdditiveCritic(self.policy, config.ridge, config.half_life)
+        self.critic = Critic(self.policy)
+        self.surrogate = Surrogate(features, self.space.width)
         self.optimizer = torch.optim.Adam(
             [{"params": self.policy.shared(), "lr": config.learning_rate},
              {"params": [self.policy.offset], "lr": config.offset_rate}]
         )  # fmt: skip
         self.generator = torch.Generator().manual_seed(config.seed)
         self.updates = self.since_better = self.idle = 0
+        self._saliency = self._shares()
+
+    def _shares(self) -> torch.Tensor:
+        """The share of a layer's saliency that each choice adds, over layers, [L·W + 1]."""
+        found = np.stack([np.asarray(self.prior[layer], np.float64) for layer in self.space.layers])
+        share = found / np.maximum(found.sum(1, keepdims=True), 1e-300) / len(found)
+        wide = np.pad(share, ((0, 0), (0, self.space.width - share.shape[1])))
+        return torch.from_numpy(np.append(wide.ravel(), 0.0)).float()
+
+    def encode(self, picks: torch.Tensor) -> torch.Tensor:
+        """Episodes [N, T] as choices [N, L·W] bool."""
+        chosen = torch.zeros(len(picks), len(self.policy.prior) * self.space.width + 1, dtype=torch.bool)
+        return chosen.scatter_(1, picks, True)[:, :-1]
 
     def subsets(self, picks: torch.Tensor) -> list[Chosen]:
-        """The subsets [L, E] of episodes [N, T]."""
-        chosen = torch.zeros(len(picks), math.prod(self.space.shape), dtype=torch.bool)
-        chosen.scatter_(1, picks, True)
-        return list(chosen.view(-1, *self.space.shape).numpy())
+        """The choices [L, W] of episodes [N, T]."""
+        return list(self.encode(picks).unflatten(1, (-1, self.space.width)).numpy())
 
     def step(self) -> dict[str, float]:
         """Draw a batch, evaluate it together with the policy's mode, and improve the policy."""
-        config, before = self.config, self.ledger.curve[-1] if self.ledger.curve else -math.inf
-        mode = self.policy.draw(1, None) if self.updates else None
-        picks = self.policy.draw(config.batch - (mode is not None), self.generator)
-        wanted = self.subsets(picks if mode is None else torch.cat([mode, picks]))
-        if not self.updates:
-            # The ranking's own plan is the first evaluation: no search returns a worse one.
-            wanted = [self.space.best_of(self.prior), *wanted[1:]]
-            picks = picks[1:]
-        asked = self.ledger.evaluations
-        rewards = self.ledger(wanted, config.episodes)[1:]
-        known = [row for row, reward in enumerate(rewards) if reward is not None]
-        metrics = self._improve(picks[known], torch.tensor([rewards[row] for row in known])) if len(known) > 1 else {}
-        self.updates += 1
-        self._regulate(self.ledger.evaluations - asked)
-        best = self.ledger.curve[-1]
-        self.since_better = 0 if best > before else self.since_better + 1
-        return {"best_reward": best, "evaluations": float(self.ledger.evaluations), "heat": self.policy.heat,
-                **metrics}  # fmt: skip
-
-    def _regulate(self, new: int) -> None:
-        """Keep the policy from repeating itself: draw hotter while less than half of a batch was new."""
-        self.idle = 0 if new else self.idle + 1
-        heat = self.policy.heat
-        self.policy.heat = heat * HEATING if 2 * new < self.config.batch else max(1.0, heat / HEATING)
-
-    def _improve(self, picks: torch.Tensor, rewards: torch.Tensor) -> dict[str, float]:
         config, ledger = self.config, self.ledger
-        known = torch.from_numpy(np.stack([ledger.subset(key) for key in ledger.rewards])).flatten(1)
-        self.critic.fit(known, torch.tensor(list(ledger.rewards.values())))
+        asked, before = ledger.evaluations, ledger.curve[-1] if ledger.curve else -math.inf
+        trusted = asked >= config.trust_after and self.surrogate.r2 >= config.trust_r2
+        screened = (config.batch - 1) // 2 if trusted and config.screening and config.reward == "terminal" else 0
+        drawn = self.policy.draw(config.batch - 1 - screened, self.generator)
+        # The ranking's own plan is the first evaluation: no search returns a worse one.
+        first = self.subsets(self.policy.draw(1, None))[0] if self.updates else self.space.best_of(self.prior)
+        chosen = self._screen(screened) if screened else []
+        gains, known = self._evaluate(drawn, [first, *chosen])
+        metrics: dict[str, float] = {}
+        if ledger.evaluations > 1:
+            self._model()
+            if len(known) > 1:
+                metrics = {
+                    "mean_reward": float(gains[known].sum(1).mean()),
+                    **self._improve(drawn[known], gains[known]),
+                }
+            if ledger.evaluations >= config.trust_after and self.surrogate.r2 >= config.trust_r2:
+                self._dream()
+        self.updates += 1
+        self._regulate(ledger.evaluations - asked)
+        best = ledger.curve[-1]
+        self.since_better = 0 if best > before else self.since_better + 1
+        return {"best_reward": best, "evaluations": float(ledger.evaluations), "heat": self.policy.heat,
+                "surrogate_r2": self.surrogate.r2, **metrics}  # fmt: skip
+
+    def _evaluate(self, picks: torch.Tensor, more: Sequence[Chosen]) -> tuple[torch.Tensor, list[int]]:
+        """Evaluate episodes, and further plans before them, in one call; rewards [N, T], and which are known in full."""
+        ends = self._ends(picks)
+        steps = [
+            (row, step)
+            for row, end in enumerate(ends)
+            for step in (range(end + 1) if self.config.reward == "dense" else (end,))
+        ]
+        prefixes = [self._prefix(picks[row], step) for row, step in steps]
+        whole = [(at, chosen) for at, chosen in zip(steps, prefixes, strict=True) if self.space.complete(chosen)]
+        rewards = self.ledger([*more, *(chosen for _, chosen in whole)], self.config.episodes)[len(more) :]
+        gains, missing = torch.zeros(picks.shape), set()
+        for ((row, step), _), reward in zip(whole, rewards, strict=True):
+            if reward is None:
+                missing.add(row)
+            else:
+                gains[row, step] += reward
+        if self.config.shaping:
+            gained = self._saliency[picks]
+            # Φ is 0 in terminal states, so the last step gives back what was lent.
+            gained[torch.arange(len(picks)), torch.tensor(ends)] -= gained.sum(1)
+            gains += self.config.shaping * gained
+        return gains, [row for row in range(len(picks)) if row not in missing]
+
+    def _ends(self, picks: torch.Tensor) -> list[int]:
+        """The step that completes each episode: the last that is not made after «stop»."""
+        if not self.space.may_stop or self.space.picks > self.space.budget:
+            return [picks.shape[1] - 1] * len(picks)
+        stop = picks == len(self.policy.prior) * self.space.width
+        return [int(row.float().argmax()) if row.any() else picks.shape[1] - 1 for row in stop]
+
+    def _prefix(self, picks: torch.Tensor, step: int) -> Chosen:
+        return self.subsets(picks[None, : step + 1])[0]
+
+    def _screen(self, count: int) -> list[Chosen]:
+        """Of many drawn episodes, the new plans that the model, optimistically, thinks most of."""
+        drawn = self.encode(self.policy.draw(count * self.config.screening, self.generator)).unique(dim=0)
+        mean, deviation = self.surrogate.predict(drawn)
+        order = (mean + self.config.optimism * deviation).argsort(descending=True, stable=True)
+        plans = (row.reshape(-1, self.space.width) for row in drawn[order].numpy())
+        new = [plan for plan in plans if plan.tobytes() not in self.ledger.rewards]
+        return new[:count]
+
+    def _model(self) -> None:
+        """Fit the surrogate, and with it the critic, to everything that was evaluated."""
+        known = torch.from_numpy(np.stack([self.ledger.subset(key) for key in self.ledger.rewards])).flatten(1)
+        self.surrogate.fit(known, torch.tensor(list(self.ledger.rewards.values()), dtype=torch.float64))
+        self.critic.worth, self.critic.constant = self.surrogate.linear()
+
+    def _dream(self) -> None:
+        """Improve the policy on episodes that only the model has judged."""
+        config = self.config
+        for _ in range(config.dreams):
+            picks = self.policy.draw(config.dream_episodes, self.generator)
+            mean, deviation = self.surrogate.predict(self.encode(picks))
+            gains = torch.zeros(picks.shape)
+            gains[torch.arange(len(picks)), torch.tensor(self._ends(picks))] = mean + config.optimism * deviation
+            self._improve(picks, gains, config.dream_rate, config.dream_epochs)
+
+    def _improve(
+        self, picks: torch.Tensor, gains: torch.Tensor, rate: float | None = None, epochs: int | None = None
+    ) -> dict[str, float]:
+        """PPO on episodes [N, T] and what each of their steps earned."""
+        config = self.config
+        self.optimizer.param_groups[1]["lr"] = config.offset_rate if rate is None else rate
         with torch.no_grad():
             episodes = Episodes(self.policy, picks)
             values, logprobs = self.critic.values(episodes), episodes.log_prob(picks)
-        gains = torch.zeros_like(values)
-        gains[:, -1] = rewards
         following = torch.cat([values[:, 1:], torch.zeros(len(values), 1)], 1)
         ended = torch.zeros_like(values, dtype=torch.bool)
         ended[:, -1] = True
         advantages, returns = ppo.gae(gains.T, values.T, following.T, ended.T, 1.0, config.gae_lambda)
         rollout = ppo.Rollout(picks, picks, None, logprobs, values, advantages.T.contiguous(), returns.T.contiguous())
         settings = ppo.PPOConfig(
-            gamma=1.0, gae_lambda=config.gae_lambda, ppo_epochs=config.ppo_epochs, minibatch=len(picks),
+            gamma=1.0, gae_lambda=config.gae_lambda, ppo_epochs=epochs or config.ppo_epochs, minibatch=len(picks),
             clip_coef=config.clip_coef, ent_coef=config.ent_coef, target_kl=config.target_kl, max_grad_norm=1e9,
         )  # fmt: skip
-        metrics = ppo.update(
+        return ppo.update(
             lambda seen, masks: Episodes(self.policy, seen), self.critic, self.optimizer, rollout, settings,
             self.generator,
         )  # fmt: skip
-        return {"mean_reward": float(rewards.mean()), **metrics}
+
+    def _regulate(self, new: int) -> None:
+        """Keep the policy from repeating itself: draw hotter while less than half of a batch was new."""
+        self.idle = 0 if new else self.idle + 1
+        heat = self.policy.heat
+        self.policy.heat = heat * HEATING if 2 * new < self.config.batch else max(1.0, heat / HEATING)
 
     @property
     def finished(self) -> bool:
@@ -161,7 +258,8 @@ class Agent:
         for number, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{number}.{key}": torch.as_tensor(value) for key, value in state.items()}
         known = [self.ledger.subset(key) for key in self.ledger.rewards]
-        tensors["plans"] = torch.from_numpy(np.stack(known)) if known else torch.zeros(0, *self.space.shape).bool()
+        empty = torch.zeros(0, len(self.policy.prior), self.space.width).bool()
+        tensors["plans"] = torch.from_numpy(np.stack(known)) if known else empty
         tensors["losses"] = torch.tensor(list(self.ledger.losses.values()), dtype=torch.float64)
         tensors["rewards"] = torch.tensor(list(self.ledger.rewards.values()), dtype=torch.float64)
         tensors["generator"] = self.generator.get_state()
@@ -171,10 +269,10 @@ class Agent:
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Continue where :meth:`state` was taken."""
-        self.policy.load_state_dict(_below(tensors, "policy."))
+        self.policy.load_state_dict(below(tensors, "policy."))
         own = self.optimizer.state_dict()
         moments: dict[int, dict[str, torch.Tensor]] = {}
-        for name, value in _below(tensors, "adam.").items():
+        for name, value in below(tensors, "adam.").items():
             number, _, key = name.partition(".")
             moments.setdefault(int(number), {})[key] = value
         self.optimizer.load_state_dict({"state": moments, "param_groups": own["param_groups"]})
@@ -183,97 +281,8 @@ class Agent:
         self.generator.set_state(tensors["generator"])
         self.updates, self.since_better, self.idle = tensors["counters"].tolist()
         self.policy.heat = tensors["heat"].item()
-
-    def save_policy(self, path: Path) -> None:
-        """Write the shared weights, for a warm start on another task, budget or model."""
-        write_bytes(path, save({f"shared.{i}": p.detach().contiguous() for i, p in enumerate(self.policy.shared())}))
-
-    def warm_start(self, path: Path) -> None:
-        """Begin with the shared weights of :meth:`save_policy`; CheckpointError where they do not fit."""
-        tensors = _read(path)
-        own = self.policy.shared()
-        named = [tensors.get(f"shared.{i}") for i in range(len(own))]
-        if any(t is None or t.shape != p.shape for t, p in zip(named, own, strict=True)):
-            raise CheckpointError(path, "is not a policy of this version", "train one with leap search --method leap")
-        with torch.no_grad():
-            for parameter, value in zip(own, named, strict=True):
-                parameter.copy_(value)
-
-
-def _below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        tensors: dict[str, torch.Tensor] = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(path, f"not a readable safetensors file ({error})", "start anew") from None
-    return tensors
-
-
-def fingerprint(agent: Agent, profile: Profile, data_sha256: str) -> dict[str, Any]:
-    """What must be the same for a search to be continued: model, data, space, prior, reward and settings."""
-    space, digest = agent.space, hashlib.sha256()
-    for layer in space.layers:
-        digest.update(np.ascontiguousarray(agent.prior[layer], np.float64).tobytes())
-    for parameter in agent.policy.shared():
-        digest.update(parameter.detach().numpy().tobytes())
-    return {
-        "model": profile.base.sha256, "profile_data": profile.data_sha256, "search_data": data_sha256,
-        "prior_and_start": digest.hexdigest(), "budget": space.budget, "cap": space.cap, "top_k": list(space.top_k),
-        "uniform": space.uniform, "temperature": space.temperature, "reward": asdict(agent.ledger.reward),
-        "settings": asdict(agent.config),
-    }  # fmt: skip
-
-
-class StateFolder:
-    """A search on disk: ``search.json`` names the tensors that belong to it, and is replaced last.
-
-    A kill at any instant leaves the state after one update or the next, whole.
-    """
-
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        self.folder, self.identity = folder, json.loads(json.dumps(identity))
-        self.header = folder / "search.json"
-
-    def save(self, agent: Agent) -> None:
-        """Write the state after an update."""
-        content = save({name: value.contiguous() for name, value in agent.state().items()})
-        digest = hashlib.sha256(content).hexdigest()
-        name = f"search-{agent.updates}-{digest[:12]}.safetensors"
-        write_bytes(self.folder / name, content)
-        best = agent.ledger.best()
-        progress = {"updates": agent.updates, "evaluations": agent.ledger.evaluations, "best_reward": best[1],
-                    "best_loss": best[2]}  # fmt: skip
-        write_json(self.header, {**self.identity, "tensors": name, "sha256": digest, "progress": progress})
-        for old in self.folder.glob("search-*.safetensors"):
-            if old.name != name:
-                old.unlink(missing_ok=True)
-
-    def resume(self, agent: Agent) -> bool:
-        """Continue what is there; False where nothing is. Raises where it is damaged, or of another search."""
-        if not self.header.exists():
-            return False
-        found = read_json(self.header)
-        if not isinstance(found, dict):
-            raise CheckpointError(self.header, "is not the state of a search", "start anew")
-        for key, value in self.identity.items():
-            if found.get(key) != value:
-                raise UsageError(
-                    self.header, f"{key} is {_short(found.get(key))} there and {_short(value)} now",
-                    "repeat the same command to resume, or choose another state folder",
-                )  # fmt: skip
-        path = self.folder / str(found.get("tensors"))
-        if not path.is_file() or sha256_of(path) != found.get("sha256"):
-            raise CheckpointError(path, f"is not the file that {self.header.name} describes", "start anew")
-        agent.load_state(_read(path))
-        return True
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 160 else text[:157] + "…"
+        if self.ledger.evaluations > 1:
+            self._model()
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,7 +344,7 @@ def search(
     """
     agent = Agent(profile, prior, ledger, config)
     if warm is not None:
-        agent.warm_start(warm)
+        load_shared(agent.policy, warm)
     disk = StateFolder(state, fingerprint(agent, profile, data_sha256)) if state is not None else None
     if disk is not None:
         disk.resume(agent)
@@ -348,7 +357,7 @@ def search(
         if report is not None:
             report(metrics)
     if save_policy is not None:
-        agent.save_policy(save_policy)
+        save_shared(agent.policy, save_policy)
     chosen, reward, loss = ledger.best()
     kept = {layer: tuple(map(float, prior[layer])) for layer in ledger.space.layers}
     plan = ledger.space.plan(

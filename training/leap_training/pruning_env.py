@@ -59,6 +59,8 @@ class PruningEnv(gymnasium.Env[Observation, np.int64]):
     ) -> None:
         if reward not in ("terminal", "dense"):
             raise UsageError("--reward", f"there is no {reward!r}", "choose terminal or dense")
+        if len(ledger.space.temperatures) > 1:
+            raise UsageError("--temperature", "cannot be searched step by step", "give one value")
         self.ledger, self.space = ledger, ledger.space
         self.dense, self.shaping, self.gamma, self.penalty = reward == "dense", shaping, gamma, penalty
         self.max_steps = max_steps or 2 * (self.space.budget + 1)

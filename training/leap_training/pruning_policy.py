@@ -12,6 +12,8 @@ from leap_training.pruning_space import PruningSpace
 from leap_training.saliency import OBSERVED, Scores
 
 HIDDEN = 32
+STOPPING = -4.0
+"""Logit of «stop» at first: about as likely as an expert that ranks just below what a layer retains."""
 
 
 def expert_features(profile: Profile, space: PruningSpace) -> torch.Tensor:
@@ -64,8 +66,8 @@ class PruningPolicy(torch.nn.Module):
     """Logits of adding an expert: prior + shared network of its features + similarity to the chosen + own offset.
 
     All but the prior is 0 at first, so that the search begins at the saliency ranking and learns the difference.
-    ``shared`` (the network and the weights of similarity) carries over to another task or budget; ``offset``
-    [L, E] is what this search learned of single experts.
+    ``shared`` (the network, the weights of similarity and of stopping) carries over to another task or budget;
+    ``offset`` [L, W] is what this search learned of single experts and temperatures.
     """
 
     def __init__(self, features: torch.Tensor, similar: torch.Tensor, prior: torch.Tensor, space: PruningSpace) -> None:
@@ -78,83 +80,125 @@ class PruningPolicy(torch.nn.Module):
         torch.nn.init.zeros_(self.network[2].bias)
         # How similarity to the chosen counts: at the start of an episode, and more at its end.
         self.relation = torch.nn.Parameter(torch.zeros(2))
-        self.offset = torch.nn.Parameter(torch.zeros_like(prior))
-        self.schedule = space.schedule
+        # Logit of stopping at the start, and what it gains until the end.
+        self.halt = torch.nn.Parameter(torch.tensor([STOPPING, 0.0]))
+        self.offset = torch.nn.Parameter(torch.zeros(len(prior), space.width))
         # Sampling temperature: every logit is divided by it, in draws and log-probabilities alike.
         self.heat = 1.0
+        self.closed = _closed(space)
 
     def shared(self) -> list[torch.nn.Parameter]:
         """Parameters that do not depend on the model, task or budget."""
-        return [*self.network.parameters(), self.relation]
+        return [*self.network.parameters(), self.relation, self.halt]
 
     def static(self) -> torch.Tensor:
-        """Logits [L, E] before anything is chosen."""
-        return self.prior + self.network(self.features)[..., 0] + self.offset
+        """Logits [L, W] before anything is chosen."""
+        experts = self.prior + self.network(self.features)[..., 0]
+        return self.offset + torch.nn.functional.pad(experts, (0, self.space.width - experts.shape[1]))
 
     def logprobs(self, picks: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of every candidate before each pick, [N, T, C], given the picks [N, T] (ids in L·E).
+        """Log-probabilities of every candidate before each pick, [N, T, C], given the picks [N, T].
 
-        C = E of the scheduled layer in uniform spaces, L·E otherwise; -inf for what is not allowed.
+        A pick is l·W + column, or L·W for «stop» and what follows it. C = W of the scheduled layer in uniform
+        spaces, L·W + 1 otherwise; -inf for what is not allowed.
         """
         logits = self._logits_uniform(picks) if self.space.uniform else self._logits_global(picks)
         return (logits / self.heat).log_softmax(-1)
 
     def candidate(self, picks: torch.Tensor) -> torch.Tensor:
         """Picks [N, T] as indices into the last dimension of :meth:`logprobs`."""
-        return picks % self.space.shape[1] if self.space.uniform else picks
+        return picks % self.space.width if self.space.uniform else picks
+
+    def _near(self, taken: torch.Tensor, progress: torch.Tensor | float) -> torch.Tensor:
+        """What similarity to the taken [..., L, W] adds to every logit, [..., L, W]."""
+        experts = taken[..., : self.similar.shape[1]]
+        mean = experts / experts.sum(-1, keepdim=True).clamp_min(1)
+        near = (self.relation[0] + self.relation[1] * progress) * torch.einsum("...le,lef->...lf", mean, self.similar)
+        return torch.nn.functional.pad(near, (0, taken.shape[-1] - experts.shape[-1]))
 
     def _logits_uniform(self, picks: torch.Tensor) -> torch.Tensor:
-        layers, experts = self.space.shape
-        local = (picks % experts).view(len(picks), -1, layers)
-        before = _before(torch.nn.functional.one_hot(local, experts).float(), 1)
+        layers, width = len(self.prior), self.space.width
+        local = (picks % width).view(len(picks), -1, layers)
+        before = _before(torch.nn.functional.one_hot(local, width).float(), 1)
         progress = torch.linspace(0, 1, local.shape[1])[:, None, None]
-        counts = before.sum(-1, keepdim=True).clamp_min(1)
-        near = torch.einsum("nrle,lef->nrlf", before / counts, self.similar)
-        logits = self.static() + (self.relation[0] + self.relation[1] * progress) * near
-        return logits.masked_fill(before.bool(), -torch.inf).flatten(1, 2)
+        logits = self.static() + self._near(before, progress)
+        closed = before.bool() | self.closed.view(-1, layers, width)
+        return logits.masked_fill(closed, -torch.inf).flatten(1, 2)
 
     def _logits_global(self, picks: torch.Tensor) -> torch.Tensor:
-        layers, experts = self.space.shape
-        before = _before(torch.nn.functional.one_hot(picks, layers * experts).float(), 1).unflatten(-1, (layers, -1))
-        progress = torch.linspace(0, 1, picks.shape[1])[:, None, None]
-        counts = before.sum(-1, keepdim=True).clamp_min(1)
-        near = torch.einsum("ntle,lef->ntlf", before / counts, self.similar)
-        logits = self.static() + (self.relation[0] + self.relation[1] * progress) * near
-        closed = before.bool()
-        for step, layer in enumerate(self.schedule):
-            if layer is not None:
-                closed[:, step, torch.arange(layers) != layer] = True
-        return logits.masked_fill(closed, -torch.inf).flatten(-2)
+        layers, width = len(self.prior), self.space.width
+        before = _before(torch.nn.functional.one_hot(picks, layers * width + 1).float(), 1)
+        taken, stopped = before[..., :-1].unflatten(-1, (layers, width)), before[..., -1] > 0
+        progress = torch.linspace(0, 1, picks.shape[1])
+        logits = (self.static() + self._near(taken, progress[:, None, None])).flatten(-2)
+        stop = (self.halt[0] + self.halt[1] * progress)[:, None].expand(len(picks), -1, 1)
+        return self._mask(torch.cat([logits, stop], -1), taken.flatten(-2), stopped, self.closed)
+
+    def _mask(
+        self, logits: torch.Tensor, taken: torch.Tensor, stopped: torch.Tensor, closed: torch.Tensor
+    ) -> torch.Tensor:
+        """Close what was taken, and after «stop» everything else, in logits [..., L·W + 1]; for the picks of experts."""
+        gone = torch.cat([taken.bool(), torch.zeros_like(stopped)[..., None]], -1) | closed
+        ended = stopped & ~closed[..., -1]
+        logits = logits.masked_fill(gone, -torch.inf)
+        over = torch.full_like(logits, -torch.inf)
+        over[..., -1] = 0.0
+        return torch.where(ended[..., None], over, logits)
 
     @torch.no_grad()  # type: ignore[untyped-decorator, unused-ignore]
     def draw(self, count: int, generator: torch.Generator | None) -> torch.Tensor:
-        """Draw ``count`` whole episodes, picks [count, T]; without a generator the likeliest expert at every pick.
+        """Draw ``count`` whole episodes, picks [count, T]; without a generator the likeliest candidate at every pick.
 
-        Where no similarity is learned yet this is Plackett–Luce by Gumbel-top-k, one pick after the other:
-        adding one expert's noise once and taking the largest that is left is the same draw.
+        Every pick is a Gumbel-max draw of its own, so that logits may follow what was picked before.
         """
-        layers, experts = self.space.shape
-        shape = (count, layers, experts)
-        noise = torch.zeros(shape) if generator is None else self.heat * gumbel(shape, generator)
-        perturbed = self.static() + noise
-        taken = torch.zeros(count, layers, experts)
+        return self._draw_uniform(count, generator) if self.space.uniform else self._draw_global(count, generator)
+
+    def _draw_uniform(self, count: int, generator: torch.Generator | None) -> torch.Tensor:
+        layers, width = len(self.prior), self.space.width
+        static, taken = self.static(), torch.zeros(count, layers, width)
+        rounds = self.closed.view(-1, layers, width)
         picks = []
-        for step, layer in enumerate(self.schedule):
-            progress = self._progress(step)
-            near = torch.einsum("nle,lef->nlf", taken / taken.sum(-1, keepdim=True).clamp_min(1), self.similar)
-            logits = perturbed + (self.relation[0] + self.relation[1] * progress) * near
-            logits = logits.masked_fill(taken.bool(), -torch.inf)
-            if layer is not None:
-                logits[:, torch.arange(layers) != layer] = -torch.inf
-            pick = logits.flatten(1).argmax(1)
-            taken.view(count, -1)[torch.arange(count), pick] = 1.0
+        for number, closed in enumerate(rounds):
+            logits = static + self._near(taken, number / max(1, len(rounds) - 1))
+            column = self._choose(logits.masked_fill(taken.bool() | closed, -torch.inf), generator)
+            taken.scatter_(-1, column[..., None], 1.0)
+            picks.append(column + width * torch.arange(layers))
+        return torch.cat(picks, 1)
+
+    def _draw_global(self, count: int, generator: torch.Generator | None) -> torch.Tensor:
+        layers, width = len(self.prior), self.space.width
+        static, taken = self.static(), torch.zeros(count, layers * width + 1)
+        picks = []
+        for step, closed in enumerate(self.closed):
+            progress = step / max(1, len(self.closed) - 1)
+            now = taken[:, :-1]
+            logits = (static + self._near(now.unflatten(-1, (layers, width)), progress)).flatten(-2)
+            stop = (self.halt[0] + self.halt[1] * progress).expand(count, 1)
+            logits = self._mask(torch.cat([logits, stop], -1), now, taken[:, -1] > 0, closed)
+            pick = self._choose(logits, generator)
+            taken.scatter_(-1, pick[:, None], 1.0)
             picks.append(pick)
         return torch.stack(picks, 1)
 
-    def _progress(self, step: int) -> float:
-        """Where an episode stands, in [0, 1]: by rounds in uniform spaces, by picks otherwise."""
-        per = len(self.space.top_k) if self.space.uniform else 1
-        return (step // per) / max(1, len(self.schedule) // per - 1)
+    def _choose(self, logits: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        """Draw from logits [..., n] at the policy's heat."""
+        return (logits if generator is None else logits + self.heat * gumbel(logits.shape, generator)).argmax(-1)
+
+
+def _closed(space: PruningSpace) -> torch.Tensor:
+    """What the schedule closes at each pick: [T/L, L·W] by round in uniform spaces, else [T, L·W + 1]."""
+    layers, experts = space.shape
+    closed = torch.ones(space.picks, layers, space.width, dtype=torch.bool)
+    stop = torch.ones(space.picks, 1, dtype=torch.bool)
+    for step, layer in enumerate(space.schedule):
+        closed[step, slice(None) if layer is None else layer, :experts] = False
+        stop[step] = not (space.may_stop and layer is None)
+    for layer in range(space.picks - space.budget):
+        closed[space.budget + layer, layer, experts:] = False
+    if not space.uniform:
+        return torch.cat([closed.flatten(1), stop], 1)
+    # A round has one pick per layer, and each closes the other layers: what all picks of a round close is closed.
+    return closed.view(-1, layers, layers, space.width).all(1).flatten(1)
 
 
 def _before(one_hot: torch.Tensor, dim: int) -> torch.Tensor:
@@ -183,49 +227,32 @@ class Episodes:
         return -(self.logprobs.exp() * finite).sum(-1)
 
     def expected(self, worth: torch.Tensor) -> torch.Tensor:
-        """Mean worth [L·E] of each choice under the policy, [N, T]."""
-        layers, experts = self.policy.space.shape
+        """Mean worth [L·W] of each choice under the policy, [N, T]; stopping is worth 0."""
+        layers, width = len(self.policy.prior), self.policy.space.width
         if self.policy.space.uniform:
-            by_pick = worth.view(layers, experts).repeat(self.logprobs.shape[1] // layers, 1)
+            by_pick = worth.view(layers, width).repeat(self.logprobs.shape[1] // layers, 1)
         else:
-            by_pick = worth.expand(self.logprobs.shape[1], -1)
+            by_pick = torch.cat([worth, worth.new_zeros(1)]).expand(self.logprobs.shape[1], -1)
         return (self.logprobs.exp() * by_pick).sum(-1)
 
 
-class AdditiveCritic:
-    """V(s): what the experts chosen so far and those still to come are worth, if worths added up.
+class Critic:
+    """V(s): what is chosen so far and what is still to come are worth, if worths added up.
 
-    The worths are a ridge regression of the rewards of ALL plans evaluated so far on their subsets, solved
-    exactly before every update; recent plans count more. It makes the advantage of a pick its own worth over
-    the policy's mean, plus, by GAE's λ, a share of what the sum of worths did not foresee.
+    The worths [L·W] are the linear part of the surrogate (:mod:`leap_training.surrogate`). They make the advantage
+    of a pick its own worth over the policy's mean, plus, by GAE's λ, a share of what their sum did not foresee.
     """
 
-    def __init__(self, policy: PruningPolicy, ridge: float, half_life: float) -> None:
-        self.policy, self.ridge, self.half_life = policy, ridge, half_life
-        layers, experts = policy.space.shape
-        self.worth = torch.zeros(layers * experts)
-        self.mean = 0.0
-
-    def fit(self, subsets: torch.Tensor, rewards: torch.Tensor) -> None:
-        """Regress rewards [M], in the order of evaluation, on subsets [M, L·E]; in float64."""
-        x, y = subsets.double(), rewards.double()
-        weight = 0.5 ** ((len(y) - 1 - torch.arange(len(y), dtype=torch.float64)) / self.half_life)
-        share = (weight / weight.sum())[:, None]
-        centre, mean = (share * x).sum(0), (share[:, 0] * y).sum()
-        spread = ((share[:, 0] * (y - mean).square()).sum()).sqrt().clamp_min(1e-12)
-        root = weight.sqrt()
-        rows = (x - centre) * root[:, None]
-        target = (y - mean) / spread * root
-        gram = rows @ rows.T + self.ridge * torch.eye(len(y), dtype=torch.float64)
-        worth = spread * (rows.T @ torch.linalg.solve(gram, target))
-        self.worth = worth.float()
-        self.mean = float(mean - centre @ worth)
+    def __init__(self, policy: PruningPolicy) -> None:
+        self.policy = policy
+        self.worth = torch.zeros(policy.offset.numel())
+        self.constant = 0.0
 
     def values(self, episodes: Episodes) -> torch.Tensor:
         """V before each pick, [N, T]."""
-        gained = self.worth[episodes.picks]
+        gained = torch.cat([self.worth, self.worth.new_zeros(1)])[episodes.picks]
         coming = episodes.expected(self.worth)
-        return self.mean + _before(gained, 1) + coming.flip(1).cumsum(1).flip(1)
+        return self.constant + _before(gained, 1) + coming.flip(1).cumsum(1).flip(1)
 
     def __call__(self, picks: torch.Tensor) -> torch.Tensor:
         """V before each pick of the episodes [N, T]."""

@@ -18,7 +18,7 @@ from leap_serve.tasks.base import Item
 from leap_training.saliency import Routing, Scores
 
 Chosen = npt.NDArray[np.bool_]
-"""A subset of all experts, [L, E]."""
+"""What a plan chooses, [L, W]: the experts [L, E], then, where τ is searched, which of G temperatures [L, G]."""
 Evaluator = Callable[[Sequence[Plan]], Sequence[float]]
 """Plans → the mean teacher-forced loss of each, in nats per answer token, on items held out of training."""
 Latency = Callable[[Plan], float]
@@ -44,7 +44,8 @@ class PruningSpace:
         cap: the most a layer may retain.
         top_k: by layer, in order: experts per token, and the fewest a layer may retain.
         uniform: whether every layer retains ``cap``.
-        temperature: router temperature τ of the plans.
+        temperatures: router temperatures τ that a layer may have; with more than one they are searched too.
+        may_stop: whether a plan may retain fewer than the budget; never in uniform spaces.
     """
 
     routing: Routing
@@ -52,7 +53,8 @@ class PruningSpace:
     cap: int
     top_k: tuple[int, ...]
     uniform: bool
-    temperature: float = 1.0
+    temperatures: tuple[float, ...] = (1.0,)
+    may_stop: bool = False
 
     @classmethod
     def of(
@@ -63,15 +65,24 @@ class PruningSpace:
         budget: float | None = None,
         allocation: str = "uniform",
         top_k: int | None = None,
-        temperature: float = 1.0,
+        temperature: float | Sequence[float] = 1.0,
+        may_stop: bool = False,
     ) -> PruningSpace:
-        """Read the same flags as :func:`leap_training.saliency.allocate`; UsageError where they cannot be met."""
+        """Read the same flags as :func:`leap_training.saliency.allocate`; UsageError where they cannot be met.
+
+        Several values of ``temperature`` are searched, a layer at a time.
+        """
         if routing.groups > 1:
             raise UnsupportedError("--method leap", "the model routes in groups", "choose a one-shot --method")
         if (experts is None) == (budget is None):
             raise UsageError("--budget, --experts", "exactly one is needed", "give one of them")
         if allocation not in ("uniform", "global"):
             raise UsageError("--allocation", f"there is no {allocation!r}", "choose uniform or global")
+        if may_stop and allocation == "uniform":
+            raise UsageError("--stop", "every layer retains equally many", "choose --allocation global")
+        temperatures = tuple(map(float, temperature if isinstance(temperature, Sequence) else [temperature]))
+        if not temperatures or len(set(temperatures)) < len(temperatures) or not all(t > 0 for t in temperatures):
+            raise UsageError("--temperature", f"is {list(temperatures)}", "give different values above 0")
         layers, all_experts = len(routing.top_k), routing.num_experts
         uniform = allocation == "uniform"
         share = budget if budget is not None else (experts or 0) / all_experts
@@ -84,7 +95,8 @@ class PruningSpace:
             wanted = tuple(min(k, per_layer) for k in wanted)
         if total < sum(wanted):
             raise UsageError("--budget", f"keeps {total} experts, the layers' top_k need {sum(wanted)}", "keep more")
-        return cls(routing, total, per_layer if uniform else all_experts, wanted, uniform, temperature)
+        cap = per_layer if uniform else all_experts
+        return cls(routing, total, cap, wanted, uniform, temperatures, may_stop)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -97,45 +109,87 @@ class PruningSpace:
         return len(self.routing.top_k), self.routing.num_experts
 
     @property
+    def width(self) -> int:
+        """W: the experts of a layer, and its temperatures where these are searched."""
+        return self.routing.num_experts + (len(self.temperatures) if len(self.temperatures) > 1 else 0)
+
+    @property
     def schedule(self) -> tuple[int | None, ...]:
-        """The layer (by position) each pick of an episode is for, None for any; round robin, the floors first."""
+        """The layer (by position) each pick of an expert is for, None for any; round robin, the floors first."""
         positions = range(len(self.top_k))
         if self.uniform:
             return tuple(layer for _ in range(self.cap) for layer in positions)
         floors = tuple(layer for turn in range(max(self.top_k)) for layer in positions if turn < self.top_k[layer])
         return floors + (None,) * (self.budget - len(floors))
 
+    @property
+    def picks(self) -> int:
+        """Picks of an episode (T): the experts of the schedule, then a temperature per layer where it is searched."""
+        return self.budget + (len(self.top_k) if len(self.temperatures) > 1 else 0)
+
+    def experts(self, chosen: Chosen) -> Chosen:
+        """The experts of a choice, [L, E]."""
+        return chosen[:, : self.routing.num_experts]
+
     def allowed(self, chosen: Chosen) -> Chosen:
         """Which experts may be added, [L, E]: what is left of the budget must still fill every layer's floor."""
-        counts = chosen.sum(1)
+        experts = self.experts(chosen)
+        counts = experts.sum(1)
         missing = np.maximum(np.array(self.top_k) - counts, 0)
         spare = self.budget - int(counts.sum()) - int(missing.sum())
         room = (counts < self.cap) & ((missing > 0) | (spare > 0))
-        return ~chosen & room[:, None]
+        return ~experts & room[:, None]
 
     def complete(self, chosen: Chosen) -> bool:
-        """Whether every layer has its floor, so that the subset is a plan."""
-        return bool((chosen.sum(1) >= np.array(self.top_k)).all())
+        """Whether every layer has its floor, so that the choice can be evaluated."""
+        return bool((self.experts(chosen).sum(1) >= np.array(self.top_k)).all())
+
+    def legal(self, chosen: Chosen) -> bool:
+        """Whether the search may return the choice: complete, and of the size that is wanted."""
+        counts = self.experts(chosen).sum(1)
+        spent = bool((counts == self.cap).all()) if self.uniform else self.may_stop or counts.sum() == self.budget
+        return spent and self.complete(chosen)
 
     def plan(self, chosen: Chosen, scores: Mapping[int, tuple[float, ...]] | None = None, **provenance: Any) -> Plan:
-        """Make the plan of a complete subset."""
+        """Make the plan of a complete choice."""
         layers = {
-            index: LayerPlan(tuple(np.flatnonzero(row).tolist()), k, self.temperature)
-            for index, row, k in zip(self.layers, chosen, self.top_k, strict=True)
+            index: LayerPlan(tuple(np.flatnonzero(row).tolist()), k, temperature)
+            for index, row, k, temperature in zip(
+                self.layers, self.experts(chosen), self.top_k, self._temperatures_of(chosen), strict=True
+            )
         }
         record = made_by(**provenance) if provenance else {}
         return Plan(self.routing.base, self.routing.num_experts, layers, scores or {}, record)
 
+    def _temperatures_of(self, chosen: Chosen) -> list[float]:
+        """τ by layer; the one nearest to 1 where a layer has not chosen yet."""
+        if len(self.temperatures) == 1:
+            return [self.temperatures[0]] * len(self.top_k)
+        own = chosen[:, self.routing.num_experts :]
+        return [self.temperatures[row.argmax() if row.any() else self._neutral] for row in own]
+
+    @property
+    def temperature(self) -> float:
+        """The τ nearest to 1."""
+        return self.temperatures[self._neutral]
+
+    @property
+    def _neutral(self) -> int:
+        return int(np.abs(np.log(self.temperatures)).argmin())
+
     def best_of(self, found: Scores) -> Chosen:
-        """Fill the schedule greedily by scores: exactly what a one-shot criterion keeps."""
+        """Fill the schedule greedily by scores: exactly what a one-shot criterion keeps, at the τ nearest to 1."""
         score = np.stack([np.asarray(found[layer], np.float64) for layer in self.layers])
         share = score / np.maximum(score.sum(1, keepdims=True), 1e-300)
-        chosen = np.zeros(self.shape, bool)
+        chosen = np.zeros((len(self.top_k), self.width), bool)
         for layer in self.schedule:
             open_ = self.allowed(chosen)
             if layer is not None:
                 open_[np.arange(len(chosen)) != layer] = False
-            chosen[np.unravel_index(np.where(open_, share, -np.inf).argmax(), chosen.shape)] = True
+            best = np.unravel_index(np.where(open_, share, -np.inf).argmax(), share.shape)
+            chosen[best] = True
+        if len(self.temperatures) > 1:
+            chosen[:, self.routing.num_experts + self._neutral] = True
         return chosen
 
 
@@ -175,6 +229,8 @@ class Ledger:
         self.losses: dict[bytes, float] = {}
         self.rewards: dict[bytes, float] = {}
         self.curve: list[float] = []
+        """Best reward after each evaluation; −inf while nothing that may be returned was evaluated."""
+        self._best = b""
 
     @property
     def evaluations(self) -> int:
@@ -183,7 +239,7 @@ class Ledger:
 
     def restore(self, subsets: Sequence[Chosen], losses: Sequence[float], rewards: Sequence[float]) -> None:
         """Take over what an earlier process evaluated, in its order, in place of what is known."""
-        self.losses, self.rewards, self.curve = {}, {}, []
+        self.losses, self.rewards, self.curve, self._best = {}, {}, [], b""
         for chosen, loss, reward in zip(subsets, losses, rewards, strict=True):
             self._record(chosen.tobytes(), loss, reward)
 
@@ -203,13 +259,17 @@ class Ledger:
 
     def _record(self, key: bytes, loss: float, reward: float) -> None:
         self.losses[key], self.rewards[key] = loss, reward
-        self.curve.append(max(reward, self.curve[-1] if self.curve else -math.inf))
+        before = self.curve[-1] if self.curve else -math.inf
+        better = reward > before and self.space.legal(self.subset(key))
+        self._best = key if better else self._best
+        self.curve.append(reward if better else before)
 
     def subset(self, key: bytes) -> Chosen:
-        """The subset [L, E] behind a key."""
-        return np.frombuffer(key, bool).reshape(self.space.shape)
+        """The choice [L, W] behind a key."""
+        return np.frombuffer(key, bool).reshape(-1, self.space.width)
 
     def best(self) -> tuple[Chosen, float, float]:
-        """The best subset so far, its reward and its loss; the earliest of equals."""
-        key = max(self.rewards, key=lambda k: self.rewards[k])
-        return self.subset(key), self.rewards[key], self.losses[key]
+        """The best choice so far that may be returned, its reward and its loss; the earliest of equals."""
+        if not self._best:
+            raise LeapError("search", "no plan of the wanted size was evaluated", "allow more --episodes")
+        return self.subset(self._best), self.rewards[self._best], self.losses[self._best]

@@ -1,0 +1,117 @@
+"""A search on disk: what identifies it, its state after every update, and the weights that carry over to another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from leap_serve.errors import CheckpointError, UsageError
+from leap_serve.files import read_json, sha256_of, write_bytes, write_json
+from leap_serve.profile import Profile
+from leap_training.pruning_policy import PruningPolicy
+
+if TYPE_CHECKING:
+    from leap_training.pruning_agent import Agent
+
+
+def save_shared(policy: PruningPolicy, path: Path) -> None:
+    """Write the shared weights, for a warm start on another task, budget or model."""
+    write_bytes(path, save({f"shared.{i}": p.detach().contiguous() for i, p in enumerate(policy.shared())}))
+
+
+def load_shared(policy: PruningPolicy, path: Path) -> None:
+    """Begin with the weights of :func:`save_shared`; CheckpointError where they do not fit."""
+    tensors = _read(path)
+    own = policy.shared()
+    named = [tensors.get(f"shared.{i}") for i in range(len(own))]
+    if any(t is None or t.shape != p.shape for t, p in zip(named, own, strict=True)):
+        raise CheckpointError(path, "is not a policy of this version", "train one with leap search --method leap")
+    with torch.no_grad():
+        for parameter, value in zip(own, named, strict=True):
+            assert value is not None
+            parameter.copy_(value)
+
+
+def below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(path, f"not a readable safetensors file ({error})", "start anew") from None
+    return tensors
+
+
+def fingerprint(agent: Agent, profile: Profile, data_sha256: str) -> dict[str, Any]:
+    """What must be the same for a search to be continued: model, data, space, prior, reward and settings."""
+    space, digest = agent.space, hashlib.sha256()
+    for layer in space.layers:
+        digest.update(np.ascontiguousarray(agent.prior[layer], np.float64).tobytes())
+    for parameter in agent.policy.shared():
+        digest.update(parameter.detach().numpy().tobytes())
+    return {
+        "model": profile.base.sha256, "profile_data": profile.data_sha256, "search_data": data_sha256,
+        "prior_and_start": digest.hexdigest(), "budget": space.budget, "cap": space.cap, "top_k": list(space.top_k),
+        "uniform": space.uniform, "temperatures": list(space.temperatures), "may_stop": space.may_stop, "reward": asdict(agent.ledger.reward),
+        "settings": asdict(agent.config),
+    }  # fmt: skip
+
+
+class StateFolder:
+    """A search on disk: ``search.json`` names the tensors that belong to it, and is replaced last.
+
+    A kill at any instant leaves the state after one update or the next, whole.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.folder, self.identity = folder, json.loads(json.dumps(identity))
+        self.header = folder / "search.json"
+
+    def save(self, agent: Agent) -> None:
+        """Write the state after an update."""
+        content = save({name: value.contiguous() for name, value in agent.state().items()})
+        digest = hashlib.sha256(content).hexdigest()
+        name = f"search-{agent.updates}-{digest[:12]}.safetensors"
+        write_bytes(self.folder / name, content)
+        best = agent.ledger.best()
+        progress = {"updates": agent.updates, "evaluations": agent.ledger.evaluations, "best_reward": best[1],
+                    "best_loss": best[2]}  # fmt: skip
+        write_json(self.header, {**self.identity, "tensors": name, "sha256": digest, "progress": progress})
+        for old in self.folder.glob("search-*.safetensors"):
+            if old.name != name:
+                old.unlink(missing_ok=True)
+
+    def resume(self, agent: Agent) -> bool:
+        """Continue what is there; False where nothing is. Raises where it is damaged, or of another search."""
+        if not self.header.exists():
+            return False
+        found = read_json(self.header)
+        if not isinstance(found, dict):
+            raise CheckpointError(self.header, "is not the state of a search", "start anew")
+        for key, value in self.identity.items():
+            if found.get(key) != value:
+                raise UsageError(
+                    self.header, f"{key} is {_short(found.get(key))} there and {_short(value)} now",
+                    "repeat the same command to resume, or choose another state folder",
+                )  # fmt: skip
+        path = self.folder / str(found.get("tensors"))
+        if not path.is_file() or sha256_of(path) != found.get("sha256"):
+            raise CheckpointError(path, f"is not the file that {self.header.name} describes", "start anew")
+        agent.load_state(_read(path))
+        return True
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 160 else text[:157] + "…"
