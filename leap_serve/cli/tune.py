@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     knobs.add_argument("--div-coef", type=float, default=1.0, help="η of eq. 17")
     knobs.add_argument("--adapter-l2", type=float, default=0.01, help="μ of eq. 18")
     knobs.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32; bfloat16 on a GPU")
+    knobs.add_argument("--save-every", type=int, default=100, help="steps between two states on disk")
     knobs.add_argument("--checkpointing", action="store_true", help="recompute activations instead of keeping them")
     knobs.add_argument("--seed", type=int, default=0)
 
@@ -84,6 +85,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     report = report_of(tuner, router, float(losses.mean()), task=args.task, data=args.data and str(args.data),
                        model=args.checkpoint, baseline=args.baseline)  # fmt: skip
     out = args.out or source
+    args.json = args.json and tuner.accelerator.is_main_process
     if tuner.accelerator.is_main_process:
         if plain:
             write_plain(tuner, source, out, report, args.force)
@@ -172,7 +174,7 @@ def _config(args: argparse.Namespace) -> TuneConfig:
         supervised_router=rival or args.supervised_router, router_warmup=args.router_warmup,
         router_every=args.router_every, patience=args.patience, seed=args.seed,
         dtype=args.dtype or ("bfloat16" if torch.cuda.is_available() and not rival else "float32"),
-        checkpointing=args.checkpointing,
+        checkpointing=args.checkpointing, save_every=args.save_every,
         router=RouterConfig(learning_rate=args.router_learning_rate, kl_coef=args.kl_coef, ent_coef=args.ent_coef,
                             latency_coef=args.latency_coef, latency_per_read=_per_read(args.latency)),
         exploration=Exploration(args.exploration, args.noise, args.epsilon),

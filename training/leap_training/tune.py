@@ -8,6 +8,7 @@ random numbers, and a run that was killed continues to the same curve.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -337,7 +338,8 @@ class Tuner:
     def _settings(self) -> dict[str, Any]:
         """What a state must agree in with the run that takes it up."""
         own = {key: value for key, value in asdict(self.config).items() if key != "save_every"}
-        return {"config": own, "data_sha256": self.data.sha256, "model": self.checkpoint.identity().sha256}
+        settings = {"config": own, "data_sha256": self.data.sha256, "model": self.checkpoint.identity().sha256}
+        return dict(json.loads(json.dumps(settings)))  # as a file gives it back, tuples as lists
 
     def _save(self) -> None:
         if self.state is None or not self.accelerator.is_main_process:

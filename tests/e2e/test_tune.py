@@ -1,0 +1,146 @@
+"""`leap tune` as one types it: a real kill and the same curve, what lies beside the cut, two processes, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cutting import plan_for
+from leap_serve.checkpoint import Checkpoint
+from leap_serve.cli import main
+from leap_serve.cut import cut
+from leap_serve.engine import mean_loss
+from leap_serve.tasks.registry import load_task
+from leap_serve.torch_engine import TorchEngine
+from leap_training.splits import validation_part
+
+pytestmark = pytest.mark.e2e
+SMALL = (
+    "--task", "toy-code", "--rounds", "2", "--labels", "8", "--pool", "24", "--held-out", "8", "--steps", "6",
+    "--batch", "4", "--rank", "2", "--router-warmup", "1", "--patience", "0",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def even_cut(leap_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tune") / "even"
+    cut(leap_tiny, plan_for(leap_tiny, lambda layer: tuple(range(layer, 64, 4))), out)
+    return out
+
+
+def command(folder: Path, *flags: str, launcher: Sequence[str] = ()) -> list[str]:
+    start = [*launcher, "-m", "leap_serve.cli"] if launcher else [sys.executable, "-m", "leap_serve.cli"]
+    return [*start, "tune", str(folder), *SMALL, *flags]
+
+
+def curve_of(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "tune.json").read_text())["curve"]
+
+
+def engine_scores(folder: Path, items: Sequence[Any]) -> list[Any]:
+    engine = TorchEngine(folder, dtype="float32", device="cpu")
+    try:
+        return engine.score(items)
+    finally:
+        engine.close()
+
+
+ENVIRONMENT = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def test_a_killed_run_continues_to_the_same_curve_and_two_processes_agree(even_cut: Path, tmp_path: Path) -> None:
+    whole, killed, two = (tmp_path / name for name in ("whole", "killed", "two"))
+    flags = ["--save-every", "1", "--no-rl-router"]
+
+    def start(out: Path, state: str, launcher: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+        line = command(even_cut, *flags, "-o", str(out), "--state", str(tmp_path / f"state-{state}"), launcher=launcher)
+        return subprocess.Popen(line, env=ENVIRONMENT, start_new_session=True)
+
+    process = start(killed, "two")
+    state, deadline = tmp_path / "state-two" / "state.safetensors", time.monotonic() + 300
+    while not state.exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
+    assert state.exists() and not killed.exists()
+    assert start(whole, "one").wait(timeout=300) == 0
+    assert start(killed, "two").wait(timeout=300) == 0
+    assert curve_of(killed) == curve_of(whole) and len(curve_of(whole)) == 2
+    assert not state.exists()
+    weights = [(folder / "adapter" / "adapter_model.safetensors").read_bytes()[-4096:] for folder in (whole, killed)]
+    assert weights[0] == weights[1]
+    # Accelerate, two processes on the CPU: the same items, half of them each, and so the same losses.
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
+    assert start(two, "three", launcher).wait(timeout=300) == 0
+    for ours, theirs in zip(curve_of(two), curve_of(whole), strict=True):
+        assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], abs=1e-4)
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=1e-4)
+
+
+def test_what_is_left_beside_the_cut_exports_to_what_was_measured(
+    even_cut: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Router forced by a large supervised rate; the exported checkpoint has the loss that the run reported."""
+    out, plain = tmp_path / "tuned", tmp_path / "plain"
+    line = command(even_cut, "--supervised-router", "--learning-rate", "0.01", "-o", str(out), "--json")[3:]
+    assert main(line) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    report = json.loads((out / "tune.json").read_text())
+    assert report["labels"] == found["labels"] == 16 and report["made_by"]["task"] == "toy-code"
+    assert report["fingerprint"] == Checkpoint.open(even_cut).plan.fingerprint  # type: ignore[union-attr]
+    assert (out / "router_head.safetensors").exists() == found["router"]["kept"]
+    assert not Checkpoint.open(even_cut).overlays, "the source of a copy was changed"
+    assert main(["tune", str(out), *SMALL]) == 2 and "has tuned parts already" in capsys.readouterr().err
+    assert main(["export", str(out), "-o", str(plain)]) == 0
+    per_item = [score.loss for score in engine_scores(plain, validation_part(load_task("toy-code"), "router", 8))]
+    promised = found["router"]["tuned_loss" if found["router"]["kept"] else "sliced_loss"]
+    # The export is bf16, as the cut is.
+    assert sum(per_item) / len(per_item) == pytest.approx(promised, abs=0.05)
+
+
+def test_a_baseline_writes_a_plain_checkpoint(even_cut: Path, leap_tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "kd"
+    assert main(command(even_cut, "--baseline", "kd-experts", "--teacher", str(leap_tiny), "-o", str(out))[3:]) == 0
+    assert Checkpoint.open(out).num_experts == 16 and not Checkpoint.open(out).overlays
+    report = json.loads((out / "tune.json").read_text())
+    assert report["config"]["distill"] == "experts" and report["labels"] == 16
+    items = load_task("toy-code").items("validation", 4)
+    assert mean_loss(engine_scores(out, items)) < mean_loss(engine_scores(even_cut, items))
+
+
+def test_refusals_come_before_any_model_is_loaded(
+    even_cut: Path, uneven_cut: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for line, status, words in (
+        (["leap-tiny", "--task", "toy-gsm"], 2, "is a full model"),
+        ([str(uneven_cut), "--task", "toy-gsm"], 1, "its layers differ"),
+        ([str(even_cut), "--task", "toy-gsm", "--baseline", "full"], 2, "name a folder for them with --out"),
+        ([str(even_cut), "--task", "toy-gsm", "--baseline", "kd", "-o", str(tmp_path / "x")], 2, "--teacher"),
+        ([str(even_cut), "--task", "toy-gsm", "--baseline", "vanilla", "-o", str(tmp_path / "x")], 2, "frequency"),
+        ([str(even_cut)], 2, "exactly one is needed"),
+        ([str(even_cut), "--task", "toy-gsm", "--steps", "7"], 2, "7 steps do not divide into 10 rounds"),
+        ([str(even_cut), "--task", "toy-gsm", "--no-lora", "--no-rl-router"], 2, "nothing is left to tune"),
+    ):  # fmt: skip
+        assert main(["tune", *line]) == status, line
+        error = capsys.readouterr().err
+        assert words in error and "Traceback" not in error, error
+    assert not list(tmp_path.iterdir()) and not list(even_cut.parent.glob("*.tune"))
