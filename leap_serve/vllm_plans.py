@@ -57,9 +57,12 @@ def restore(engine: VllmEngine) -> None:
 
 
 def _check(engine: VllmEngine, plans: Sequence[Plan]) -> None:
+    import torch
+
     from leap_serve.subsets import check_plans
 
-    if not engine.enforce_eager:
+    # On a GPU the workers know better: vLLM's V2 runner captures its graphs anew.
+    if not engine.enforce_eager and not torch.cuda.is_available():
         raise UnsupportedError("plans", "the engine runs compiled graphs", "open it with enforce_eager=True")
     engine._identity = engine._identity or engine.checkpoint.identity()
     check_plans(engine.checkpoint, engine._identity, plans)

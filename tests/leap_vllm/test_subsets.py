@@ -168,6 +168,24 @@ def test_fewer_retained_than_the_router_s_slots(kind: str, fixed: bool, logits: 
     assert found.isfinite().all() and (found - cuts(kind, logits, slots, lone)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["softmax", "renormalised"])
+def test_padding_stays_padding(kind: str, logits: torch.Tensor) -> None:
+    """vLLM's routers on a GPU mark padded tokens by expert −1 and leave their weights at 0."""
+    from leap_vllm.subsets import route
+
+    router, table, padded = router_of(kind), table_of(PLANS, fixed=True), torch.arange(T)[:, None] >= T - 7
+    slots = torch.arange(T) % 4
+
+    def stock(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, ids = router._compute_routing(z, z, None, input_ids=None)
+        return weights.masked_fill(padded, 0.0), ids.masked_fill(padded, -1)
+
+    weights, ids = route(table, slots, logits, choosing_of(router), stock)
+    assert (ids[-7:] == -1).all() and (weights[-7:] == 0).all()
+    expected = cuts(kind, logits, slots, PLANS)[:-7]
+    assert (dense(weights[:-7], ids[:-7]) - expected).abs().max() < 1e-5
+
+
 def test_bf16_logits_without_temperature_stay_bf16(logits: torch.Tensor) -> None:
     """The cut's router gets bf16 logits; so must the masked one, or ties would fall otherwise."""
     from leap_vllm.subsets import route

@@ -82,7 +82,8 @@ def route(
     masked = logits + (penalty if penalty.dtype == logits.dtype else penalty.to(logits.dtype))
     weights, ids = stock(masked)
     if table.limited:
-        weights = limit(weights, masked.gather(1, ids.long()), table.top_k[slots], choosing.renormalise)
+        # On a GPU padded tokens have the expert −1, and no logit.
+        weights = limit(weights, masked.gather(1, ids.long().clamp_min(0)), table.top_k[slots], choosing.renormalise)
     return weights, ids
 
 
@@ -91,7 +92,8 @@ def limit(weights: torch.Tensor, merit: torch.Tensor, top_k: torch.Tensor, renor
     rank = merit.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     kept = weights.masked_fill(rank >= top_k[:, None], 0.0)
     if renormalise:
-        kept = kept * (weights.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True))
+        least = torch.finfo(kept.dtype).tiny  # padded tokens weigh nothing
+        kept = kept * (weights.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp_min(least))
     return kept
 
 
