@@ -26,7 +26,7 @@ def open_source(model: Path) -> Checkpoint:
     if source.overlays:
         raise UnsupportedError(
             source.overlays[0], "is tuned for the experts of this cut and would not fit another",
-            "cut the model before it is tuned",
+            "merge it with leap export first, or cut the model before it is tuned",
         )  # fmt: skip
     return source
 

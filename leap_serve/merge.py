@@ -66,20 +66,22 @@ class Merge:
             return tensor
         factors = self._factors[part.layer, part.parameter]
         if part.expert is not None:
-            change = self._change(factors, part.expert, tensor.device)
-            if part.parameter == "gate_up_proj":
-                change = change.chunk(2)[part.half]
-            return (tensor.float() + change).to(dtype)
+            half = part.half if part.parameter == "gate_up_proj" else None
+            return self._sum(factors, part.expert, tensor, half).to(dtype)
         out = torch.empty_like(tensor, dtype=dtype)
-        for expert in range(factors.experts):  # one expert's ΔW at a time
-            out[expert] = tensor[expert].float() + self._change(factors, expert, tensor.device)
+        for expert in range(factors.experts):  # one expert's sum at a time
+            out[expert] = self._sum(factors, expert, tensor[expert])
         return out
 
-    def _change(self, factors: Factors, expert: int, device: torch.device) -> torch.Tensor:
-        """Return ΔW [d1, d2] of one expert in fp32."""
-        a, b = self._load(factors, device)
-        change = factors.scaling * (b[:, :, expert] @ a[expert])
-        return change.T if factors.transposed else change
+    def _sum(self, factors: Factors, expert: int, tensor: torch.Tensor, half: int | None = None) -> torch.Tensor:
+        """Return W + ΔW of one expert in fp32; ``tensor`` is its [d1, d2], or that half of d1."""
+        a, b = self._load(factors, tensor.device)
+        left, right = b[:, :, expert], a[expert]
+        if half is not None:
+            left = left.chunk(2)[half]
+        if factors.transposed:
+            left, right = right.T, left.T
+        return torch.addmm(tensor.float(), left, right, alpha=factors.scaling)
 
 
 def _load(factors: Factors, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -109,8 +109,7 @@ def check_overlays(checkpoint: Checkpoint) -> None:
             )  # fmt: skip
         return
     head, factors = router_rows(checkpoint), read_factors(checkpoint)
-    exported = ((checkpoint.manifest or {}).get("checkpoint") or {}).get("exported") or {}
-    merged = set((exported.get("merged") or {}).values())
+    merged = set(checkpoint.exported.get("merged", {}).values())
     for path in checkpoint.overlays if merged and (head or factors) else ():
         if data_sha256(path) in merged:
             raise CheckpointError(path, "is merged into these weights already", "move it away")

@@ -56,7 +56,7 @@ def verify(folder: Path, base: Path | None = None, progress: Callable[[int, int]
     overlays = tuple(path.relative_to(folder).as_posix() for path in checkpoint.overlays)
     if base is None:
         return VerifyReport(str(folder), None, plan.fingerprint, len(checkpoint.tensors), overlays)
-    if ((checkpoint.manifest or {}).get("checkpoint") or {}).get("exported"):
+    if checkpoint.exported:
         what = "was exported: what tuning learned is merged into its weights, which are no longer the base's"
         raise CheckpointError(folder, what, "verify the checkpoint that it was exported from")
     source = Checkpoint.open(base)
