@@ -36,22 +36,24 @@ GPU_TOLERANCE = 0.3
 
 @dataclass(frozen=True)
 class Case:
-    """A model, two plans, and what transformers says of them: rows of ITEMS, [stock, plan, plan]."""
+    """A model, two plans, and what transformers says of them: rows of ITEMS, [stock, plan, plan], and each plan's ESP."""
 
     model: Path
     plans: list[Path]
     reference: list[list[float]]
+    esp: list[list[float]]
 
 
 def case_of(model: Path, folder: Path) -> Case:
     plans = [uneven_plan(model, 1), uneven_plan(model, 2, (1.0,) * 4)]
     engine = TorchEngine(model, dtype="float32", device="cpu")
-    rows = [engine.score(ITEMS), *engine.score_plans(plans, ITEMS)]
+    rows = [engine.score(ITEMS), *engine.score_plans(plans, ITEMS, esp=True)]
     engine.close()
     files = [folder / f"{number}.json" for number in range(len(plans))]
     for plan, path in zip(plans, files, strict=True):
         plan.save(path)
-    return Case(model, files, [[score.logprob for score in row] for row in rows])
+    esp = [[score.esp or 0.0 for score in row] for row in rows[1:]]
+    return Case(model, files, [[score.logprob for score in row] for row in rows], esp)
 
 
 def run(case: Case, environment: dict[str, str], **settings: Any) -> dict[str, Any]:
@@ -85,6 +87,7 @@ def check(found: dict[str, Any], case: Case, tolerance: float, control: float) -
     for name in ("mixed", "alone", "applied", "again"):
         assert apart(found[name], masked) <= tolerance, name
     assert apart([found["unnamed"]], stock) <= tolerance
+    assert apart(found["esp"], case.esp) <= min(tolerance, 0.02) and apart(found["esp"], case.esp[::-1]) > 0.02
     assert apart([found["restored"]], stock) <= tolerance
     assert first_token(found["salted"], found["right"]) <= tolerance
     assert first_token(found["poisoned"], found["right"]) > tolerance, "another plan's keys should have been found"
@@ -109,6 +112,14 @@ def test_real_v2_runner_with_its_kernels_interpreted(case: Case) -> None:
         assert word in text
     tokens, counts = found["profile"]
     assert counts == [2 * tokens] * 4, "every token was seen, K times, in every layer"
+
+
+def test_both_runners_are_those_we_know() -> None:
+    from leap_vllm.compat import check_signatures
+    from leap_vllm.compat_runners import V1_PROBES, V2_PROBES
+
+    check_signatures(V1_PROBES)
+    check_signatures(V2_PROBES)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,9 @@ V2_PROBES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu.model_states.interface:ModelState.prepare_inputs": ("input_batch", "req_states"),
     "vllm.v1.worker.gpu.input_batch:InputBatch": ("idx_mapping_np", "num_scheduled_tokens"),
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.capture_model": (),
+    "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.needs_capture": (),
+    "vllm.compilation.cuda_graph:CUDAGraphWrapper.clear_all_graphs": (),
+    "vllm.compilation.breakable_cudagraph:BreakableCUDAGraphWrapper.clear_all_graphs": (),
 }
 """Callable in vLLM → parameters that we rely on."""
 SlotOf = Callable[[Mapping[str, Any]], int]
