@@ -247,7 +247,7 @@ class TorchEngine:
 
     def close(self) -> None:
         """Free the model."""
-        self._model = None
+        self._model = self._shrunk = None
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
