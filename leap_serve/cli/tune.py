@@ -16,6 +16,7 @@ from leap_serve.tasks.registry import PUBLISHED, TASKS, items_from_file, load_ta
 if TYPE_CHECKING:
     from leap_training.tune import TuneConfig, TuneData
 
+CODE = ("humaneval", "mbpp")
 BASELINES: dict[str, Literal["none", "logits", "experts"]] = {
     "vanilla": "none", "full": "none", "kd": "logits", "kd-experts": "experts",
 }  # fmt: skip
@@ -42,19 +43,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parts = parser.add_argument_group("parts, each of which can be left out")
     parts.add_argument("--no-rl-router", action="store_true", help="no router steps")
     parts.add_argument("--supervised-router", action="store_true", help="expert steps also move the routers")
-    parts.add_argument("--no-active-learning", action="store_true", help="random batches")
+    parts.add_argument(
+        "--active-learning", action=argparse.BooleanOptionalAction,
+        help="choose the items to label (default: on, off for humaneval and mbpp as in the paper); --no-: random batches",
+    )  # fmt: skip
+    parts.add_argument("--uncertainty", default="entropy", choices=("entropy", "margin", "output", "answer", "none"))
+    parts.add_argument("--diversity", default="nearest", choices=("nearest", "k-means++", "none"))
     parts.add_argument("--no-lora", action="store_true", help="the experts stay as they are")
     parts.add_argument("--baseline", choices=BASELINES, help="a rival under the same labels and steps; needs --out")
     parts.add_argument("--teacher", help="kd, kd-experts: the full model")
     knobs = parser.add_argument_group("knobs")
     knobs.add_argument("--rank", type=int, default=16, help="of the experts' adapters")
     knobs.add_argument("--learning-rate", type=float, default=3e-3)
-    knobs.add_argument("--router-learning-rate", type=float, default=3e-4)
+    knobs.add_argument("--router-learning-rate", type=float, default=3e-3)
     knobs.add_argument("--router-every", type=int, default=4, help="expert steps per router step")
     knobs.add_argument("--router-warmup", type=int, default=20, help="router steps before the first expert step")
-    knobs.add_argument("--exploration", default="epsilon", choices=("epsilon", "gumbel"))
+    knobs.add_argument("--exploration", default="gumbel", choices=("epsilon", "gumbel"))
     knobs.add_argument("--noise", type=float, default=1.0, help="scale of the Gumbel noise")
-    knobs.add_argument("--epsilon", type=float, default=0.1, help="probability of exploring, per token and layer")
+    knobs.add_argument("--epsilon", type=float, default=0.1, help="epsilon: probability of drawing")
     knobs.add_argument("--kl-coef", type=float, default=0.02, help="β of eq. 18")
     knobs.add_argument("--ent-coef", type=float, default=0.001, help="η of eq. 18")
     knobs.add_argument("--latency-coef", type=float, default=0.0, help="λ of eq. 14")
@@ -165,6 +171,7 @@ def _config(args: argparse.Namespace) -> TuneConfig:
     from leap_training.tune import TuneConfig
 
     rival = args.baseline is not None
+    chosen = args.active_learning if args.active_learning is not None else args.task not in CODE
     distill = BASELINES[args.baseline] if rival else "none"
     return TuneConfig(
         rounds=args.rounds, labels=args.labels, steps=args.steps, batch=args.batch, accumulate=args.accumulate,
@@ -178,8 +185,8 @@ def _config(args: argparse.Namespace) -> TuneConfig:
         router=RouterConfig(learning_rate=args.router_learning_rate, kl_coef=args.kl_coef, ent_coef=args.ent_coef,
                             latency_coef=args.latency_coef, latency_per_read=_per_read(args.latency)),
         exploration=Exploration(args.exploration, args.noise, args.epsilon),
-        acquisition=Acquisition(strategy="random" if rival or args.no_active_learning else "active",
-                                div_coef=args.div_coef),
+        acquisition=Acquisition(strategy="active" if chosen and not rival else "random", uncertainty=args.uncertainty,
+                                diversity=args.diversity, div_coef=args.div_coef),
     )  # fmt: skip
 
 

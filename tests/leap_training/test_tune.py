@@ -199,6 +199,13 @@ def test_a_router_that_does_not_help_goes_and_one_that_does_stays(small_cut: Pat
     assert not judged(1.0, 1.0)
 
 
+def test_a_bf16_model_is_tuned_through_fp32_adapters_and_routers(small_cut: Path) -> None:
+    tuner = tuned(small_cut, replace(SMALL, rounds=1, steps=2, dtype="bfloat16"))
+    assert tuner.base.dtype == torch.bfloat16
+    assert {p.dtype for p in tuner.tuned.values()} == {torch.float32}
+    assert changed(tuner, small_cut) == {"router", "experts"}
+
+
 def test_an_item_of_the_test_split_in_the_pool_is_refused(small_cut: Path) -> None:
     leaking = replace(DATA, pool=[*DATA.pool, DATA.tests[3]])
     with pytest.raises(LeapError, match="9/3"):

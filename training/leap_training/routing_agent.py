@@ -38,7 +38,7 @@ class Exploration:
         epsilon: probability of drawing, per token and layer.
     """
 
-    kind: Literal["gumbel", "epsilon"] = "epsilon"
+    kind: Literal["gumbel", "epsilon"] = "gumbel"
     noise: float = 1.0
     epsilon: float = 0.1
 
@@ -257,16 +257,16 @@ class RouterConfig:
         latency_batch: tokens of that decode step.
     """
 
-    learning_rate: float = 3e-4
+    learning_rate: float = 3e-3
     ppo_epochs: int = 4
-    gamma: float = 0.9
+    gamma: float = 0.5
     gae_lambda: float = 1.0
     clip_coef: float = 0.2
     vf_coef: float = 0.5
     ent_coef: float = 0.001
     kl_coef: float = 0.02
     max_grad_norm: float = 0.5
-    tokens: int = 4096
+    tokens: int = 2048
     minibatch: int = 1024
     latency_coef: float = 0.0
     latency_per_read: tuple[float, ...] = ()

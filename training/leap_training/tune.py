@@ -185,7 +185,7 @@ class Tuner:
         """Tune to the end, or until early stopping, and leave the best round's weights in the model."""
         progress = self.progress
         while progress.tick < self.total and not progress.stopped:
-            self._tick()
+            self._tick(report)
             progress.tick += 1
             step = progress.tick - self._warmup
             ended = step > 0 and step % (self.config.steps // self.config.rounds) == 0
@@ -210,13 +210,13 @@ class Tuner:
                 exact.append(right.all(1))
         return torch.cat(losses).double().cpu().numpy(), torch.cat(exact).cpu().numpy()
 
-    def _tick(self) -> None:
+    def _tick(self, report: Report | None) -> None:
         """One step: of the router alone while warming up, then of the experts, every so often after a router step."""
         config, step = self.config, self.progress.tick - self._warmup
         per_round = config.steps // config.rounds
         number, place = divmod(max(step, 0), per_round)
         if self.pool.rounds == number:
-            self._label()
+            self._label(report)
         items = self._minibatch(number, place) if step >= 0 else self._minibatch(-1, self.progress.tick)
         batch = collate(self.tokenizer, items, 0.0).to(self.accelerator.device)
         if config.rl_router and (step < 0 or step % config.router_every == 0):
@@ -224,12 +224,17 @@ class Tuner:
         if step >= 0 and self.optimizer is not None:
             self.progress.losses.append(self._expert_step(batch, step))
 
-    def _label(self) -> None:
-        """Add a batch to the labelled items."""
+    def _label(self, report: Report | None = None) -> None:
+        """Add a batch to the labelled items, chosen under the model as it is now."""
         how = self.config.acquisition
         features = None
+
+        def show(done: int, total: int) -> None:
+            if report is not None:
+                report(self.progress.tick, self.total, f"scoring the pool, {done} of {total}")
+
         if how.strategy != "random":
-            features = collect(self.model, self.tokenizer, self.pool.unlabelled, how)
+            features = collect(self.model, self.tokenizer, self.pool.unlabelled, how, progress=show)
         self.pool.select(self.config.labels, how, features, self.config.seed)
 
     def _minibatch(self, number: int, place: int) -> list[Item]:
