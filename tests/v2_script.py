@@ -111,6 +111,7 @@ def main() -> None:
     engine.restore()
     out["restored"] = scores(engine)
     out["again"] = masked(engine, plans[::-1])[::-1]
+    out["esp"] = [[score.esp for score in row] for row in engine.score_plans(plans, ITEMS, esp=True)]
     out["refusals"] = refusals(engine, plans[0])
     if engine.enforce_eager:
         profile = engine.profile(ITEMS[:2])
