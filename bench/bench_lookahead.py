@@ -34,7 +34,7 @@ from leap_serve.tasks.registry import load_task
 from leap_serve.torch_engine import TorchEngine
 from leap_training.controls import evolution
 from leap_training.finetune import FinetuneConfig, finetune
-from leap_training.lookahead import LookAhead, finalists
+from leap_training.lookahead import LookAhead, finalists, second_stage
 from leap_training.pruning_agent import Agent, AgentConfig, best_ranking
 from leap_training.pruning_space import Ledger, PruningSpace
 from leap_training.saliency import Routing, allocate, scores
@@ -123,10 +123,9 @@ class Setting:
         held_out = load_task(TASK).items("validation", 128, self.seed + 1000)
         ledger = Ledger(self.look(self.steps, held_out), self.space)
         ledger(finalists(first.ledger, self.finalists))
-        agent = Agent(self.profile, first.prior, ledger, AgentConfig(episodes=self.second, batch=8, seed=self.seed))
-        agent.policy.load_state_dict(first.policy.state_dict())
-        while not agent.finished:
-            agent.step()
+        limit = ledger.evaluations + self.second
+        config = AgentConfig(episodes=limit, batch=8, seed=self.seed)
+        second_stage(self.profile, first.prior, ledger, config, self.folder / "state")
         after = list(ledger.losses.values())
         return self.space.plan(
             ledger.best()[0], method="leap+lookahead", lookahead_loss=ledger.best()[2], after=after,

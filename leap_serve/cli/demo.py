@@ -1,4 +1,4 @@
-"""``leap demo``: profile → plan → cut → eval and bench → serve, on the bundled small model, with real parts only."""
+"""``leap demo``: profile → search → cut → eval and bench → serve, on the bundled small model, with real parts only."""
 
 from __future__ import annotations
 
@@ -6,20 +6,28 @@ import argparse
 import json
 import time
 from collections.abc import Mapping
-from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli.console import progress_bar, say, table
+from leap_serve.cli.engines import scoring_dtype
+from leap_serve.cli.search_view import search_view
 from leap_serve.errors import LeapError, UsageError
 from leap_serve.files import new_folder, write_json
 from leap_serve.provenance import hardware, made_by, versions
 from leap_serve.tasks.registry import TASKS, load_task
 
+if TYPE_CHECKING:
+    from leap_serve.engine import Engine
+    from leap_serve.plan import Plan
+    from leap_serve.profile import Profile
+
 MODEL = "leap-tiny"
-METHODS = ("reap", "frequency")
-KEPT = (32, 16)
+METHODS = ("reap", "leap")
+KEPT = 16
+EPISODES = 300
+SEARCH_ITEMS = 32
 BATCHES = (1, 8)
 PROFILE_ITEMS = 256
 SERVED = "toy-gsm"
@@ -72,8 +80,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     _show(result, args.limit)
     say(
         "Each pruned row is one checkpoint per task, cut for that task and scored on it; sizes and times are\n"
-        f"those of the {SERVED} one. Nothing was tuned: without repair, one-shot pruning is poor at 16 of 64\n"
-        "experts and below, which is what searching with a learned agent and tuning are for."
+        f"those of the {SERVED} one. reap ranks experts once; leap is the agent, which tried {EPISODES} plans per task\n"
+        "in the running engine. Nothing was tuned: leap tune repairs what is still missing."
     )
     folder = args.out / best
     say(f"\n{best} was served over HTTP and asked: {QUESTION}\nIt answered: {' '.join(answer.split())}")
@@ -87,24 +95,46 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _prune(work: Path) -> list[str]:
-    """Profile the model on every task's training split, and cut one specialist per task, method and size."""
+    """Profile the model on every task's training split, and cut one specialist per task and method."""
     from leap_serve.cut import cut
     from leap_serve.vllm_engine import VllmEngine
-    from leap_training.saliency import Routing, allocate, scores
 
-    engine = VllmEngine(MODEL)
+    engine = VllmEngine(MODEL, dtype=scoring_dtype(None))
     try:
         for task in TASKS:
             with progress_bar(f"profile {MODEL} on {task}") as bar:
                 profile = engine.profile(load_task(task).items("train", PROFILE_ITEMS), bar)
             profile.save(work / task / "profile")
-            for method, kept in product(METHODS, KEPT):
-                plan = allocate(scores(profile, method), Routing.of(profile), experts=kept, method=method)
-                plan.save(work / task / f"{method}-{kept}.json")
-                cut(resolve_model(MODEL), plan, work / task / f"{method}-{kept}")
+            for method in METHODS:
+                plan = _search(engine, profile, task) if method == "leap" else _rank(profile, method)
+                plan.save(work / task / f"{method}-{KEPT}.json")
+                cut(resolve_model(MODEL), plan, work / task / f"{method}-{KEPT}")
     finally:
         engine.close()
-    return [f"{method}-{kept}" for method, kept in product(METHODS, KEPT)]
+    return [f"{method}-{KEPT}" for method in METHODS]
+
+
+def _rank(profile: Profile, method: str) -> Plan:
+    """Keep what a criterion ranks highest."""
+    from leap_training.saliency import Routing, allocate, scores
+
+    return allocate(scores(profile, method), Routing.of(profile), experts=KEPT, method=method)
+
+
+def _search(engine: Engine, profile: Profile, task: str) -> Plan:
+    """Let the agent search, on validation items, with the engine's scores."""
+    from leap_training.pruning_agent import AgentConfig, best_ranking, search
+    from leap_training.pruning_space import Ledger, PruningSpace, engine_evaluator
+    from leap_training.saliency import Routing
+    from leap_training.splits import validation_part
+
+    items = validation_part(load_task(task), "search", SEARCH_ITEMS)
+    ledger = Ledger(engine_evaluator(engine, items), PruningSpace.of(Routing.of(profile), experts=KEPT))
+    with search_view(f"search {task}", EPISODES) as view:
+        return search(
+            profile, best_ranking(profile, ledger)[1], ledger, AgentConfig(episodes=EPISODES),
+            report=lambda metrics: view.show(ledger.evaluations, *ledger.best()[1:], metrics), task=task,
+        ).plan  # fmt: skip
 
 
 def _score(name: str, folders: Mapping[str, Path], limit: int) -> dict[str, tuple[float, float]]:
@@ -194,4 +224,4 @@ def _show(result: Mapping[str, Mapping[str, Any]], limit: int) -> None:
         ]
         for name, model in result.items()
     ]  # fmt: skip
-    table(f"{MODEL}: full and with 32 or 16 of its 64 experts, {limit} unseen items per task", header, rows)
+    table(f"{MODEL}: full and with {KEPT} of its 64 experts, {limit} unseen items per task", header, rows)

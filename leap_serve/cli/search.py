@@ -20,6 +20,8 @@ from leap_serve.workload import Workload
 OBSERVED = ("frequency", "gate-mass", "ean", "ean-mean", "ean-weighted", "reap")
 ONE_SHOT = (*OBSERVED, "magnitude", "random")
 FRONT = "pareto.json"
+GRID = (0.5, 0.707, 1.0, 1.414, 2.0)
+"""What ``--temperature search`` chooses from, for each layer."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allocation", default="uniform", choices=("uniform", "global"))
     parser.add_argument("--guard-super-experts", action="store_true", help="keep experts with outlying activations")
     parser.add_argument("--top-k", type=int, help="experts per token of the plan (default: the model's)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="router temperature of the plan (default 1)")
+    parser.add_argument(
+        "--temperature", type=temperatures, default="1",
+        help="router temperature of the plan (default 1); leap: «search», or values to choose from, e.g. 0.5,1,2",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of whatever is drawn")
     _add_searching(parser, searched)
     parser.add_argument(
@@ -65,8 +70,13 @@ def _add_searching(parser: argparse.ArgumentParser, searched: tuple[str, ...]) -
     reward.add_argument(
         "--workload", type=workload, default="16,16,32", help="batch, input and output tokens that λ speaks of"
     )
+    reward.add_argument(
+        "--reward", choices=("terminal", "dense"), help="leap: R of finished plans (default), or of every step"
+    )
+    reward.add_argument("--shaping", type=float, help="leap: weight of potential-based shaping by the ranking")
     reward.add_argument("--measure", action="store_true", help="measure the chosen plans' TPOT (always with λ)")
     agent = parser.add_argument_group("agent", "for leap")
+    agent.add_argument("--stop", action="store_true", help="let plans keep fewer than the budget (global only)")
     agent.add_argument("--batch", type=int, help="episodes per update")
     agent.add_argument("--patience", type=int, help="stop after so many updates without a better plan")
     agent.add_argument("--state", type=Path, help="folder to save after every update, and to continue from")
@@ -76,6 +86,14 @@ def _add_searching(parser: argparse.ArgumentParser, searched: tuple[str, ...]) -
     ahead.add_argument("--lookahead", type=int, default=0, metavar="N", help="judge finalists after N tuning steps")
     ahead.add_argument("--finalists", type=int, default=8, help="distinct plans to tune (default 8)")
     ahead.add_argument("--lookahead-episodes", type=int, default=0, help="leap: go on searching by that loss")
+
+
+def temperatures(text: str) -> tuple[float, ...]:
+    """Parse one temperature, several with commas, or «search»."""
+    try:
+        return GRID if text == "search" else tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither numbers, e.g. 1 or 0.5,1,2, nor search") from None
 
 
 def workload(text: str) -> Workload:
@@ -189,6 +207,8 @@ def _one_shot(args: argparse.Namespace, source: Profile | Checkpoint, size: dict
     """Score and allocate."""
     from leap_training.saliency import Routing, allocate, scores, super_experts
 
+    if len(args.temperature) > 1:
+        raise UsageError("--temperature", f"--method {args.method} does not search it", "give one value")
     protect = None
     if args.guard_super_experts:
         if not isinstance(source, Profile):
@@ -197,7 +217,7 @@ def _one_shot(args: argparse.Namespace, source: Profile | Checkpoint, size: dict
     data: dict[str, Any] = {"data_sha256": source.data_sha256} if isinstance(source, Profile) else {}
     return allocate(
         scores(source, args.method, args.seed), Routing.of(source), **size,
-        allocation=args.allocation, top_k=args.top_k, temperature=args.temperature, protect=protect,
+        allocation=args.allocation, top_k=args.top_k, temperature=args.temperature[0], protect=protect,
         method=args.method, seed=args.seed, **data,
         super_experts={str(layer): sorted(ids) for layer, ids in (protect or {}).items()},
     )  # fmt: skip

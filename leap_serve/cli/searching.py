@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from leap_training.pruning_space import Latency, Ledger, PruningSpace, Reward
     from leap_training.saliency import Scores
 
+SETTINGS = ("batch", "patience", "reward", "shaping")
+"""Flags that are fields of the agent's settings; left out, they are the agent's own defaults."""
 CALIBRATED = 16
 """Plans that the latency model is made from, a quarter of which only judge it."""
 ROUNDS = 12
@@ -72,11 +74,13 @@ class Search:
         from leap_training.splits import validation_part
 
         profile = _check(args, source)
-        shared = {"allocation": args.allocation, "top_k": args.top_k, "temperature": args.temperature}
+        shared = {
+            "allocation": args.allocation, "top_k": args.top_k, "temperature": args.temperature, "may_stop": args.stop,
+        }  # fmt: skip
         spaces = {label: PruningSpace.of(Routing.of(profile), **size, **shared) for label, size in sizes.items()}
         for space in spaces.values():
             check_method(args.method, space)
-        given = {name: getattr(args, name) for name in ("batch", "patience") if getattr(args, name) is not None}
+        given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
         # Validation only: the test split is never looked at, and the profile has seen the training split.
         items = validation_part(load_task(args.task), "search", args.items, args.seed)
         reward = Reward(args.alpha, args.size_coef, args.latency_coef)
@@ -160,7 +164,7 @@ class Search:
         identity = {
             "model": self.profile.base.sha256, "profile_data": self.profile.data_sha256,
             "search_data": items_sha256(self.items), "budget": space.budget, "top_k": list(space.top_k),
-            "allocation": self.args.allocation, "temperature": self.args.temperature, "reward": asdict(self.reward),
+            "allocation": self.args.allocation, "temperature": list(space.temperatures), "reward": asdict(self.reward),
         }  # fmt: skip
         known = read_json(path) if path.exists() else None
         if isinstance(known, dict) and known.get("of") == identity:
@@ -277,7 +281,9 @@ def _check(args: argparse.Namespace, source: Profile | Checkpoint) -> Profile:
         raise UsageError("--lookahead, --lookahead-episodes, --finalists", "are below 0, 0 or 1", "give more")
     if args.lookahead_episodes and not args.lookahead:
         raise UsageError("--lookahead-episodes", "needs --lookahead", "give the steps to look ahead")
-    for flag in ("state", "warm", "save_policy", "batch", "patience", "lookahead_episodes"):
+    if args.method != "leap" and len(args.temperature) > 1:
+        raise UsageError("--temperature", f"--method {args.method} does not search it", "give one value")
+    for flag in ("state", "warm", "save_policy", "stop", "lookahead_episodes", *SETTINGS):
         if args.method != "leap" and getattr(args, flag):
             raise UsageError(f"--{flag.replace('_', '-')}", f"means nothing to {args.method}", "leave it out")
     if args.tensorboard is not None:

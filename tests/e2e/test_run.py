@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,24 +18,45 @@ RECIPE = """
 model: leap-tiny
 task: toy-gsm
 profile: {limit: 16}
-search: {method: gate-mass, experts: 32}
+search: {method: leap, experts: 32, episodes: 60, items: 4, engine: torch}
 cut: {}
 verify: {}
 eval: {limit: 8}
 """
 
 
+def command(recipe: Path, out: Path) -> list[str]:
+    return [sys.executable, "-m", "leap_serve.cli", "run", str(recipe), "-o", str(out), "--json"]
+
+
 def leap_run(recipe: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "leap_serve.cli", "run", str(recipe), "-o", str(out), "--json"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=400)
+    return subprocess.run(command(recipe, out), capture_output=True, text=True, timeout=400)
+
+
+def kill_in_search(recipe: Path, out: Path) -> int:
+    """Start a run and kill it and its stage when the agent has saved a state; returns the plans evaluated by then."""
+    process = subprocess.Popen(command(recipe, out), start_new_session=True, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 400
+    while not (states := list(out.glob("search/*/search.json"))):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=60)
+    evaluations: int = json.loads(states[0].read_text())["progress"]["evaluations"]
+    return evaluations
 
 
 def test_run_and_resume(tmp_path: Path) -> None:
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "run"
     recipe.write_text(RECIPE)
+    assert 0 < kill_in_search(recipe, out) < 60
+    assert not (out / "plan.json").exists()
     first = leap_run(recipe, out)
     assert first.returncode == 0, first.stderr[-2000:]
+    assert first.stdout.count("on record, not run again") == 1
     result = json.loads(first.stdout.strip().splitlines()[-1])
+    assert result["stages"]["search"]["evaluations"] == 60
+    assert json.loads((out / "plan.json").read_text())["made_by"]["method"] == "leap"
     assert result["stages"]["cut"]["retained"] == [32] * 4
     assert 0 <= result["stages"]["eval"]["tasks"]["toy-gsm"]["score"] <= 1
 

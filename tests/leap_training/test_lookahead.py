@@ -124,7 +124,7 @@ class Tuned(Oracle):
 
 def test_the_second_stage_goes_on_from_the_policy_and_resumes_to_the_same(tmp_path: Path) -> None:
     own = profile()
-    prior, config = scores(own, "reap"), AgentConfig(episodes=40, batch=8)
+    prior, config = scores(own, "reap"), AgentConfig(episodes=24, batch=8, dreams=0)
     first = ledger(Oracle())
     search(own, prior, first, config, state=tmp_path / "one")
     search(own, prior, ledger(Oracle()), config, state=tmp_path / "two")
@@ -132,13 +132,13 @@ def test_the_second_stage_goes_on_from_the_policy_and_resumes_to_the_same(tmp_pa
     def stage(oracle: Tuned, state: Path) -> dict[bytes, float]:
         book = ledger(oracle)
         book(finalists(first, 4, overlap=0.7))
-        second_stage(own, prior, book, AgentConfig(episodes=60, batch=8), state)
+        second_stage(own, prior, book, AgentConfig(episodes=44, batch=8, dreams=0), state)
         return book.losses
 
     whole = stage(Tuned(), tmp_path / "one")
     with pytest.raises(KeyboardInterrupt):
-        stage(Tuned(4), tmp_path / "two")
+        stage(Tuned(3), tmp_path / "two")
     oracle = Tuned()
     assert stage(oracle, tmp_path / "two") == whole
-    assert len(whole) == 60 and oracle.asked < 60
+    assert len(whole) == 44 and oracle.asked < 44
     assert min(whole.values()) < min(Tuned().loss(one) for one in finalists(first, 4, overlap=0.7))
