@@ -269,11 +269,9 @@ def summarise(rows: list[dict[str, Any]]) -> None:
         reap = statistics.median([row["held_out_loss"] for row in by_method.get("reap", [])] or [math.nan])
         lines = []
         for name, found in sorted(by_method.items(), key=lambda pair: statistics.median(held(pair[1]))):
-            middle = [
-                statistics.median(values) if (values := at(found, n, "search_loss")) else math.nan for n in points
-            ]
+            middle = [at(found, n, "search_loss") for n in points]
             lines.append([
-                name, len(found), *(f"{x:.3f}" for x in middle), shown(held(found)),
+                name, len(found), *(f"{statistics.median(x):.3f}" if x else "–" for x in middle), shown(held(found)),
                 f"{statistics.median(held(found)) / reap:.2f}", shown([100 * row["score"] for row in found], 1),
                 jaccard(found), spread(found),
                 f"{statistics.median(row['search_seconds'] for row in found):.0f}",

@@ -49,7 +49,7 @@ class RcoConfig:
     """
 
     batch: int = 8
-    learning_rate: float = 0.1
+    learning_rate: float = 0.3
     spread: float = 1.0
     noise: float = 1.0
     temperature: float = 1.0
