@@ -136,6 +136,7 @@ def test_returns_are_the_discounted_rewards_from_the_token_on(family_checkpoint:
     gained = ((calls[0] - calls[1]) * batch.weights[:, 1:])[0]
     wanted = gained.flip(0).cumsum(0).flip(0)[:8]  # tokens 0 … 7; the answer ends with token 8
     found = rollout.returns.flatten()
+    assert len(rollout.observations[:, -1].unique(dim=0)) == 8, "tokens of the prompt count as well"
     apart = (found[:, None] - wanted[None]).abs()
     assert float(apart.min(1).values.max()) < 1e-4, "a return that is no reward-to-go"
     assert float(apart.min(0).values.max()) < 1e-4, "a reward-to-go that no sample has"
