@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from leap_training.pruning_agent import Agent, AgentConfig, search
 from leap_training.pruning_policy import Episodes, PruningPolicy
 from leap_training.pruning_space import Ledger, PruningSpace, Reward
 from leap_training.saliency import Routing, allocate, scores
-from leap_training.search_state import load_shared
+from leap_training.search_state import load_policy
 from pruning_oracle import EXPERTS, KEEP, LAYERS, Oracle, all_subsets, ledger, profile
 
 PROFILE = profile()
@@ -176,17 +177,20 @@ def test_damaged_state_is_refused(tmp_path: Path) -> None:
         search(PROFILE, SCORES, ledger(Oracle()), QUICK, state=tmp_path)
 
 
-def test_shared_weights_carry_over_to_another_budget(tmp_path: Path) -> None:
+def test_a_policy_carries_over_to_another_budget_and_less_of_it_to_another_task(tmp_path: Path) -> None:
     path = tmp_path / "policy.safetensors"
     search(PROFILE, SCORES, ledger(Oracle()), QUICK, save_policy=path)
     warm = Agent(PROFILE, SCORES, ledger(Oracle(), "global", experts=2), QUICK)
     cold = warm.policy.static().detach().clone()
-    load_shared(warm.policy, path)
+    other = replace(PROFILE, data_sha256="0" * 64)
+    load_policy(warm.policy, other, path)
     assert not torch.equal(warm.policy.static(), cold) and not warm.policy.offset.any()
+    load_policy(warm.policy, PROFILE, path)
+    assert warm.policy.offset.any()
     search(PROFILE, SCORES, ledger(Oracle(), "global", experts=2), AgentConfig(episodes=20), warm=path)
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(CheckpointError):
-        load_shared(warm.policy, path)
+        load_policy(warm.policy, PROFILE, path)
 
 
 def test_the_reward_weighs_quality_size_and_latency() -> None:

@@ -32,7 +32,8 @@ from leap_training.pruning_policy import (
 )
 from leap_training.pruning_space import Chosen, Ledger
 from leap_training.saliency import OBSERVED, Scores, scores
-from leap_training.search_state import StateFolder, below, fingerprint, load_shared, save_shared
+from leap_training.search_state import StateFolder, below, fingerprint, load_policy
+from leap_training.search_state import save_policy as write_policy
 from leap_training.surrogate import Surrogate
 
 HEATING = 1.15
@@ -76,13 +77,13 @@ class AgentConfig:
     ent_coef: float = 0.0
     target_kl: float | None = None
     screening: int = 16
-    optimism: float = 2.0
+    optimism: float = 1.0
     trust_after: int = 32
     trust_r2: float = 0.2
     dreams: int = 8
     dream_episodes: int = 64
     dream_epochs: int = 2
-    dream_rate: float = 0.05
+    dream_rate: float = 0.1
     patience: int = 0
     seed: int = 0
 
@@ -335,8 +336,8 @@ def search(
         ledger: evaluates plans, on validation data; may hold nothing yet.
         state: folder that is written after every update and continued from, to the same result.
         data_sha256: identifies the ledger's items.
-        warm: shared weights of an earlier search.
-        save_policy: where to write the shared weights at the end.
+        warm: policy of an earlier search.
+        save_policy: where to write the policy at the end.
         report: called with the metrics of every update.
         provenance: what else the plan's ``made_by`` shall record.
 
@@ -344,7 +345,7 @@ def search(
     """
     agent = Agent(profile, prior, ledger, config)
     if warm is not None:
-        load_shared(agent.policy, warm)
+        load_policy(agent.policy, profile, warm)
     disk = StateFolder(state, fingerprint(agent, profile, data_sha256)) if state is not None else None
     if disk is not None:
         disk.resume(agent)
@@ -357,7 +358,7 @@ def search(
         if report is not None:
             report(metrics)
     if save_policy is not None:
-        save_shared(agent.policy, save_policy)
+        write_policy(agent.policy, profile, save_policy)
     chosen, reward, loss = ledger.best()
     kept = {layer: tuple(map(float, prior[layer])) for layer in ledger.space.layers}
     plan = ledger.space.plan(

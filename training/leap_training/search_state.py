@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from leap_serve.errors import CheckpointError, UsageError
@@ -22,22 +22,43 @@ if TYPE_CHECKING:
     from leap_training.pruning_agent import Agent
 
 
-def save_shared(policy: PruningPolicy, path: Path) -> None:
-    """Write the shared weights, for a warm start on another task, budget or model."""
-    write_bytes(path, save({f"shared.{i}": p.detach().contiguous() for i, p in enumerate(policy.shared())}))
+def save_policy(policy: PruningPolicy, profile: Profile, path: Path) -> None:
+    """Write what carries over to another search: the shared weights, and the offsets of this model and data."""
+    tensors = {f"shared.{i}": p.detach().contiguous() for i, p in enumerate(policy.shared())}
+    tensors["offset"] = policy.offset.detach()[:, : policy.similar.shape[1]].contiguous()
+    write_bytes(path, save(tensors, {"origin": _origin(profile)}))
 
 
-def load_shared(policy: PruningPolicy, path: Path) -> None:
-    """Begin with the weights of :func:`save_shared`; CheckpointError where they do not fit."""
+def load_policy(policy: PruningPolicy, profile: Profile, path: Path) -> None:
+    """Begin with what :func:`save_policy` wrote; CheckpointError where it does not fit.
+
+    The shared weights fit any model. The offsets are of single experts: they are taken over only where model and
+    profiled data are the same, as they are at another budget.
+    """
     tensors = _read(path)
     own = policy.shared()
     named = [tensors.get(f"shared.{i}") for i in range(len(own))]
-    if any(t is None or t.shape != p.shape for t, p in zip(named, own, strict=True)):
+    offset, experts = tensors.get("offset"), policy.offset[:, : policy.similar.shape[1]]
+    same = _metadata(path).get("origin") == _origin(profile)
+    fits = all(t is not None and t.shape == p.shape for t, p in zip(named, own, strict=True))
+    if not fits or offset is None or (same and offset.shape != experts.shape):
         raise CheckpointError(path, "is not a policy of this version", "train one with leap search --method leap")
     with torch.no_grad():
         for parameter, value in zip(own, named, strict=True):
             assert value is not None
             parameter.copy_(value)
+        if same:
+            experts.copy_(offset)
+
+
+def _origin(profile: Profile) -> str:
+    # One value: several would be written in any order, and equal policies are equal files.
+    return f"model {profile.base.sha256}, profiled data {profile.data_sha256}"
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
 
 
 def below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
