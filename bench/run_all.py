@@ -12,7 +12,10 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SCRIPTS = ("bench_tiny.py", "bench_parity.py", "bench_cut.py", "bench_batch.py", "bench_plugin.py", "bench_subsets.py")
+SCRIPTS = (
+    "bench_tiny.py", "bench_parity.py", "bench_cut.py", "bench_batch.py", "bench_plugin.py", "bench_subsets.py",
+    "search_methods.py", "bench_latency_reward.py", "bench_lookahead.py",
+)  # fmt: skip
 
 
 def main() -> int:
