@@ -39,7 +39,7 @@ class Exploration:
     """
 
     kind: Literal["gumbel", "epsilon"] = "gumbel"
-    noise: float = 1.0
+    noise: float = 0.3
     epsilon: float = 0.1
 
     def policy(self, scores: torch.Tensor, k: int) -> TopKPolicy:
@@ -257,7 +257,7 @@ class RouterConfig:
         latency_batch: tokens of that decode step.
     """
 
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     ppo_epochs: int = 4
     gamma: float = 0.5
     gae_lambda: float = 1.0

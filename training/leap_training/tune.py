@@ -255,6 +255,9 @@ class Tuner:
         own = Batch(*(t[rank::world] for t in batch))
         drawn = np.random.default_rng([config.seed, self.progress.tick, rank]).integers(2**62)
         generator = torch.Generator().manual_seed(int(drawn))
+        # Falling like the experts' rate: PPO's steps keep their size however little is left to gain.
+        for group in self.policy_optimizer.param_groups:
+            group["lr"] = config.router.learning_rate * (1 - self.progress.tick / self.total)
         self.agent.heads.requires_grad_(True)
         rollout, found = collect_rollout(
             self.agent, lambda: token_losses(self._logits(own), own), own, config.router, generator
