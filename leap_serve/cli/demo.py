@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 MODEL = "leap-tiny"
 METHODS = ("reap", "leap")
 KEPT = 16
-EPISODES = 300
 SEARCH_ITEMS = 32
+LEAST = 16
+"""Episodes of one batch, which hold the rankings that a search begins with."""
 BATCHES = (1, 8)
 PROFILE_ITEMS = 256
 SERVED = "toy-gsm"
@@ -40,15 +41,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace --out if it is not empty")
     parser.add_argument("--limit", type=int, default=100, help="unseen items per task to score (default 100)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of the latency benchmark (default 5)")
+    parser.add_argument("--episodes", type=int, default=300, help="plans that the agent tries per task (default 300)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run the whole line; the result appears under ``--out`` whole, or not at all."""
     if args.limit < 1 or args.rounds < 1:
         raise UsageError("--limit, --rounds", f"are {args.limit} and {args.rounds}", "give 1 or more")
+    if args.episodes < LEAST:
+        raise UsageError("--episodes", f"is {args.episodes}", f"give {LEAST} or more")
     began = time.monotonic()
     with new_folder(args.out, args.force) as work:
-        names = _prune(work)
+        names = _prune(work, args.episodes)
         specialists = {"full": {task: resolve_model(MODEL) for task in TASKS}}
         specialists |= {name: {task: work / task / name for task in TASKS} for name in names}
         scores = {name: _score(name, folders, args.limit) for name, folders in specialists.items()}
@@ -80,7 +84,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     _show(result, args.limit)
     say(
         "Each pruned row is one checkpoint per task, cut for that task and scored on it; sizes and times are\n"
-        f"those of the {SERVED} one. reap ranks experts once; leap is the agent, which tried {EPISODES} plans per task\n"
+        f"those of the {SERVED} one. reap ranks experts once; leap is the agent, which tried {args.episodes} plans per task\n"
         "in the running engine. Nothing was tuned: leap tune repairs what is still missing."
     )
     folder = args.out / best
@@ -94,7 +98,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return outcome
 
 
-def _prune(work: Path) -> list[str]:
+def _prune(work: Path, episodes: int) -> list[str]:
     """Profile the model on every task's training split, and cut one specialist per task and method."""
     from leap_serve.cut import cut
     from leap_serve.vllm_engine import VllmEngine
@@ -106,7 +110,7 @@ def _prune(work: Path) -> list[str]:
                 profile = engine.profile(load_task(task).items("train", PROFILE_ITEMS), bar)
             profile.save(work / task / "profile")
             for method in METHODS:
-                plan = _search(engine, profile, task) if method == "leap" else _rank(profile, method)
+                plan = _search(engine, profile, task, episodes) if method == "leap" else _rank(profile, method)
                 plan.save(work / task / f"{method}-{KEPT}.json")
                 cut(resolve_model(MODEL), plan, work / task / f"{method}-{KEPT}")
     finally:
@@ -121,7 +125,7 @@ def _rank(profile: Profile, method: str) -> Plan:
     return allocate(scores(profile, method), Routing.of(profile), experts=KEPT, method=method)
 
 
-def _search(engine: Engine, profile: Profile, task: str) -> Plan:
+def _search(engine: Engine, profile: Profile, task: str, episodes: int) -> Plan:
     """Let the agent search, on validation items, with the engine's scores."""
     from leap_training.pruning_agent import AgentConfig, best_ranking, search
     from leap_training.pruning_space import Ledger, PruningSpace, engine_evaluator
@@ -130,9 +134,9 @@ def _search(engine: Engine, profile: Profile, task: str) -> Plan:
 
     items = validation_part(load_task(task), "search", SEARCH_ITEMS)
     ledger = Ledger(engine_evaluator(engine, items), PruningSpace.of(Routing.of(profile), experts=KEPT))
-    with search_view(f"search {task}", EPISODES) as view:
+    with search_view(f"search {task}", episodes) as view:
         return search(
-            profile, best_ranking(profile, ledger)[1], ledger, AgentConfig(episodes=EPISODES),
+            profile, best_ranking(profile, ledger)[1], ledger, AgentConfig(episodes=episodes),
             report=lambda metrics: view.show(ledger.evaluations, *ledger.best()[1:], metrics), task=task,
         ).plan  # fmt: skip
 

@@ -30,6 +30,8 @@ def test_demo(tmp_path: Path) -> None:
         "20",
         "--rounds",
         "2",
+        "--episodes",
+        "64",
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=840)
     assert done.returncode == 0, done.stderr[-3000:]
