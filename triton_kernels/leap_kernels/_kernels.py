@@ -4,6 +4,9 @@ Rows, slots and blocks are those of _route.py. Every product accumulates in fp32
 before a product: Triton's interpreter multiplies bfloat16 wrongly.
 """
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# ruff: noqa: E741
+
 from __future__ import annotations
 
 import triton

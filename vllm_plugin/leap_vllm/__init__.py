@@ -10,7 +10,8 @@ Weights then load as always, since a cut checkpoint numbers its experts 0…|I|�
 is merged into them one tensor at a time, before vLLM shards it: the router head's rows, and the adapters'
 ΔW of each expert (loader.py). A temperature τ ≠ 1 divides that
 layer's logits in fp32 before vLLM's own scoring and top-k (router.py); it is in no weight. All private
-names of vLLM are in compat.py, checked by version and by signature.
+names of vLLM are in compat.py and its siblings, checked by version and by signature. Unquantised MoE layers ask
+experts.py for their kernel: ours where a measured table says that it is faster, vLLM's everywhere else.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def register() -> None:
     With a vLLM that we do not support it says so, registers nothing and leaves stock models alone;
     vLLM itself then refuses a ``Leap…`` checkpoint.
     """
-    from leap_vllm import compat
+    from leap_vllm import compat, compat_experts, experts
 
     try:
         compat.check_vllm()
@@ -39,3 +40,4 @@ def register() -> None:
         name = family.leap_architecture
         compat.register_model(family.architecture, name, f"leap_vllm.models:{name}")
     compat.register_loader("leap", "leap_vllm.loader:LeapLoader")
+    compat_experts.register_experts(experts.choose)
