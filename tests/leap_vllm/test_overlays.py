@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from families import make_checkpoint
-from leap_serve.architectures import served_families
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cut import cut
 from leap_serve.export import export
@@ -21,9 +20,11 @@ from serving import Job, Served, serve
 from tuning import logprobs_of, tune_at_random
 
 pytestmark = pytest.mark.e2e
-FAMILIES = [family.model_type for family in served_families()]
+# One family of each layout: a tensor per expert under either set of names, fused, fused and transposed. That the
+# merged tensors are PEFT's own is shown for every family in tests/leap_serve/test_merge.py.
+FAMILIES = ("qwen3_moe", "mixtral", "llama4_text", "gpt_oss")
 PROMPTS = prompts(160)[:4]
-EXPORTED = ("qwen3_moe", "gpt_oss")
+EXPORTED = ("gpt_oss",)
 
 
 class Tuned:
@@ -65,7 +66,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
 
 @pytest.fixture(scope="module")
 def tuned(family_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tuned]:
-    """Every family with different |I|, top_k and τ in each layer; leap-tiny as it is shipped, in bf16."""
+    """Different |I|, top_k and τ in each layer; leap-tiny as it is shipped, in bf16."""
     work, bundled = tmp_path_factory.mktemp("tuned"), resolve_model("leap-tiny")
     found = {
         name: Tuned(family_checkpoint(name), uneven_plan(family_checkpoint(name)), work / name, PROMPTS)
@@ -81,7 +82,7 @@ def served(tuned: dict[str, Tuned], tiny: Tuned) -> dict[str, Served]:
     jobs = {name: one.job(one.folder) for name, one in tuned.items()}
     jobs |= {f"{name} exported": tuned[name].job(tuned[name].plain) for name in EXPORTED}
     jobs["uniform"] = tiny.job(tiny.folder)
-    return dict(zip(jobs, serve(list(jobs.values())), strict=True))
+    return dict(zip(jobs, serve(list(jobs.values()), timeout_s=840), strict=True))
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "leap-tiny"])
@@ -106,13 +107,8 @@ def test_a_uniform_export_needs_no_plugin(tiny: Tuned, served: dict[str, Served]
     assert largest_difference(logprobs_of(stock, tiny.asked), tiny.unmerged) <= TOLERANCE
 
 
-def test_tensor_parallel_two_merges_before_it_shards(family_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    full = {
-        "qwen3_moe": family_checkpoint("qwen3_moe"),
-        "gpt_oss": make_checkpoint("gpt_oss", tmp_path / "full", num_key_value_heads=2),
-    }
-    made = [Tuned(folder, uneven_plan(folder), tmp_path / name, PROMPTS) for name, folder in full.items()]
-    args = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    got = serve([one.job(one.folder, **args) for one in made], {"VLLM_CPU_OMP_THREADS_BIND": "nobind"})
-    for one, answer in zip(made, got, strict=True):
-        one.check(answer)
+def test_tensor_parallel_two_merges_before_it_shards(tmp_path: Path) -> None:
+    full = make_checkpoint("gpt_oss", tmp_path / "full", num_key_value_heads=2)
+    made = Tuned(full, uneven_plan(full), tmp_path, PROMPTS)
+    job = made.job(made.folder, tensor_parallel_size=2, distributed_executor_backend="mp")
+    made.check(*serve([job], {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}, timeout_s=840))
