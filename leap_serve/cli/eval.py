@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from leap_serve.cli.console import progress_bar, table
 from leap_serve.cli.engines import open_engine
 from leap_serve.errors import UsageError
 from leap_serve.evaluate import evaluate
+from leap_serve.sandbox import UNSAFE
 from leap_serve.tasks.registry import TASKS, load_task
 
 
@@ -21,12 +23,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the generated items")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--engine", default="vllm", choices=("vllm", "torch"))
+    parser.add_argument(
+        "--allow-unsafe-execution", action="store_true",
+        help="run generated code even where the kernel allows no sandbox, at your own risk",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Load the model once and evaluate every task."""
     if args.limit < 1:
         raise UsageError("--limit", f"must be at least 1, got {args.limit}", "give a positive number of items")
+    if args.allow_unsafe_execution:
+        os.environ[UNSAFE] = "1"
     tasks = [load_task(name) for name in dict.fromkeys(args.task)]
     engine = open_engine(args.engine, args.model, args.dtype)
     results: dict[str, Any] = {}
