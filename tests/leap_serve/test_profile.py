@@ -165,7 +165,7 @@ def test_a_cut_with_uneven_layers_is_not_profiled(family_checkpoint: Callable[[s
         check_request(model, [])
 
 
-BAD_LINES = {"{": "not valid JSON", '{"prompt": "a"}': "neither", "[1]": "neither", '{"text": 3}': "neither"}
+BAD_LINES = {"{": "not valid JSON", '{"prompt": "a"}': "neither", "[1]": "not a JSON object", '{"text": 3}': "neither"}
 
 
 @pytest.mark.parametrize("line", BAD_LINES)
