@@ -17,6 +17,7 @@ VERBS = {
     "run": "the whole line from a recipe in YAML, resumable",
     "profile": "collect the experts' statistics on a task, inside the engine that serves",
     "search": "choose the experts to retain: a profile becomes a plan",
+    "methods": "list the methods of search: paper, what each needs, what it decides",
     "cut": "cut the planned experts out of a checkpoint, on files only",
     "verify": "check a cut checkpoint, with --base against the model it came from",
     "inspect": "show what a checkpoint or plan retains and where it came from",

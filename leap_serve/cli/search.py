@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_serve.checkpoint import Checkpoint, resolve_model
+from leap_serve.cli import layerwise
 from leap_serve.cli.console import say, table
 from leap_serve.errors import UsageError
 from leap_serve.files import new_folder, write_json
@@ -18,7 +19,7 @@ from leap_serve.tasks.registry import TASKS
 from leap_serve.workload import Workload
 
 OBSERVED = ("frequency", "gate-mass", "ean", "ean-mean", "ean-weighted", "reap")
-ONE_SHOT = (*OBSERVED, "magnitude", "random")
+ONE_SHOT = (*OBSERVED, "easy-ep", "magnitude", "random")
 FRONT = "pareto.json"
 GRID = (0.5, 0.707, 1.0, 1.414, 2.0)
 """What ``--temperature search`` chooses from, for each layer."""
@@ -27,10 +28,15 @@ GRID = (0.5, 0.707, 1.0, 1.414, 2.0)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     from leap_training.controls import SEARCHES
+    from leap_training.methods.registry import LAYERWISE
 
     searched = ("leap", *SEARCHES)
-    parser.add_argument("source", help="a profile folder; for magnitude and random also the model itself")
-    parser.add_argument("--method", required=True, choices=(*ONE_SHOT, *searched))
+    parser.add_argument(
+        "source", help=f"a profile folder; for magnitude, random, {', '.join(LAYERWISE)} also the model itself"
+    )
+    parser.add_argument(
+        "--method", required=True, choices=(*ONE_SHOT, *LAYERWISE, *searched), help="see leap methods"
+    )  # fmt: skip
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--budget", type=float, nargs="+", help="fraction of the routed experts to keep, e.g. 0.125")
     size.add_argument("--experts", type=int, nargs="+", help="experts to keep per layer (with global: on average)")
@@ -43,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of whatever is drawn")
     _add_searching(parser, searched)
+    layerwise.add_arguments(parser)
     parser.add_argument(
         "-o", "--out", type=Path, required=True,
         help="the plan to write, e.g. plan.json; with several budgets a folder of plan-BUDGET.json and pareto.json",
@@ -107,12 +114,16 @@ def workload(text: str) -> Workload:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Choose, write the plans and show them."""
+    from leap_training.methods.registry import LAYERWISE
+
     sizes = _sizes(args)
     _check_out(args, len(sizes))
     source = _source(args.source)
     plans: dict[str, tuple[Plan, dict[str, Any]]]
     if args.method in ONE_SHOT:
         plans = {label: (_one_shot(args, source, size), {}) for label, size in sizes.items()}
+    elif args.method in LAYERWISE:
+        plans = layerwise.layerwise(args, source, sizes)
     else:
         from leap_serve.cli.searching import Search
 
@@ -132,11 +143,14 @@ def _single(args: argparse.Namespace, plan: Plan, figures: Mapping[str, Any]) ->
         ["layer", "experts kept", "top_k"],
         [[index, len(layer.retained), layer.top_k] for index, layer in plan.layers.items()],
     )
-    if figures:
+    if "prior" in figures:
         say(
             f"{figures['evaluations']} plans evaluated, from {figures['prior']}: "
             f"loss {figures['prior_loss']:.4f} → {figures['loss']:.4f}"
         )
+    if "deviation" in figures:
+        say(f"{figures['active_experts']} active experts over all layers, deviation {figures['deviation']:.4f}; FLOPs per "
+            f"token {figures['flops_per_token']:,}, of the full model {figures['full_flops_per_token']:,}")  # fmt: skip
     if ahead := figures.get("lookahead"):
         say(
             f"{ahead['evaluations']} plans tuned for {ahead['steps']} steps: the best one's loss on other items "
@@ -205,6 +219,7 @@ def _check_out(args: argparse.Namespace, budgets: int) -> None:
 
 def _one_shot(args: argparse.Namespace, source: Profile | Checkpoint, size: dict[str, Any]) -> Plan:
     """Score and allocate."""
+    from leap_training.methods.easy_ep import easy_ep
     from leap_training.saliency import Routing, allocate, scores, super_experts
 
     if len(args.temperature) > 1:
@@ -214,9 +229,15 @@ def _one_shot(args: argparse.Namespace, source: Profile | Checkpoint, size: dict
         if not isinstance(source, Profile):
             raise UsageError("--guard-super-experts", "needs a profile, not a model", "give a profile folder")
         protect = super_experts(source)
+    if args.method == "easy-ep":
+        if not isinstance(source, Profile):
+            raise UsageError("--method easy-ep", "needs a profile, not a model", "make one with leap profile")
+        found = easy_ep(source)
+    else:
+        found = scores(source, args.method, args.seed)
     data: dict[str, Any] = {"data_sha256": source.data_sha256} if isinstance(source, Profile) else {}
     return allocate(
-        scores(source, args.method, args.seed), Routing.of(source), **size,
+        found, Routing.of(source), **size,
         allocation=args.allocation, top_k=args.top_k, temperature=args.temperature[0], protect=protect,
         method=args.method, seed=args.seed, **data,
         super_experts={str(layer): sorted(ids) for layer, ids in (protect or {}).items()},

@@ -1,0 +1,161 @@
+"""Searches that run the MoE layers themselves, without a serving engine: NAEE and LExI (methods.md §2, §3)."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leap_serve.checkpoint import Checkpoint, resolve_model
+from leap_serve.cli.console import progress_bar
+from leap_serve.cli.engines import scoring_dtype
+from leap_serve.encoding import items_sha256
+from leap_serve.errors import UsageError
+from leap_serve.flops import flops_per_token
+from leap_serve.plan import LayerPlan, Plan
+from leap_serve.profile import Profile
+from leap_serve.subsets import check_plans
+from leap_serve.tasks.registry import TASKS, load_task
+
+if TYPE_CHECKING:
+    from leap_training.methods.blocks import BlockModel
+    from leap_training.saliency import Routing
+
+Sizes = Mapping[str, Mapping[str, Any]]
+Found = dict[str, tuple[Plan, dict[str, Any]]]
+"""By what a budget's plan is called: the plan, and its figures."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that only these methods have."""
+    group = parser.add_argument_group(
+        "layer by layer", "naee: --items of --task's training split; --state resumes. lexi: sizes are of active experts"
+    )
+    group.add_argument("--draws", type=int, default=16, help="lexi: draws of noise per layer (N_iter, default 16)")
+    group.add_argument("--solver", default="exact", choices=("exact", "evolution"), help="lexi: exact, or the paper's")
+    group.add_argument("--on", type=Path, metavar="PLAN", help="lexi: choose among this plan's experts only")
+
+
+def layerwise(args: argparse.Namespace, source: Profile | Checkpoint, sizes: Sizes) -> Found:
+    """Search every budget; refuses, before the model is loaded, what cannot be searched."""
+    from leap_training.saliency import Routing
+
+    _check(args)
+    given = args.model or (isinstance(source, Profile) and (source.made_by.get("model") or source.base.id))
+    checkpoint = Checkpoint.open(resolve_model(str(given))) if given else source
+    assert isinstance(checkpoint, Checkpoint)
+    routing = Routing.of(checkpoint)
+    if isinstance(source, Profile) and source.base.sha256 != routing.base.sha256:
+        raise UsageError(args.source, f"is not a profile of {checkpoint.folder}", "give --model, or the right profile")
+    with ExitStack() as stack:
+        home = args.state or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        job = _Job(args, checkpoint, routing, home)
+        return job.lexi(sizes) if args.method == "lexi" else job.naee(sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One command, its model, and the folder of its state."""
+
+    args: argparse.Namespace
+    checkpoint: Checkpoint
+    routing: Routing
+    home: Path
+
+    def naee(self, sizes: Sizes) -> Found:
+        """NAEE, layer-wise or progressive."""
+        from leap_training.methods.blocks import LayerResults
+        from leap_training.methods.naee import naee
+        from leap_training.pruning_space import PruningSpace
+
+        args = self.args
+        shared = {"allocation": args.allocation, "top_k": args.top_k, "temperature": args.temperature}
+        spaces = {label: PruningSpace.of(self.routing, **size, **shared) for label, size in sizes.items()}
+        items = load_task(args.task).items("train", args.items, args.seed)
+        found: Found = {}
+        model = self._model()
+        ids = model.encode(items)
+        for label, space in spaces.items():
+            identity = self._identity(model) | {
+                "data": items_sha256(items), "experts": space.cap, "top_k": list(space.top_k), "τ": space.temperature
+            }  # fmt: skip
+            folder = self.home if len(spaces) == 1 else self.home / label
+            results = LayerResults(folder / "layers.json", identity)
+            with progress_bar(f"{args.method} {label}") as bar:
+                plan = naee(
+                    model, ids, space, folder / "inputs", results, args.method == "naee-progressive", bar,
+                    allocation=args.allocation, task=args.task, items=len(items), tokens=sum(map(len, ids)),
+                    seed=args.seed, data_sha256=items_sha256(items), dtype=model.dtype,
+                )  # fmt: skip
+            keys = ("exact", "reconstruction", "dynamic_skipping")
+            found[label] = plan, {key: plan.made_by[key] for key in keys}
+        return found
+
+    def lexi(self, sizes: Sizes) -> Found:
+        """LExI, alone or among the experts of another plan; one measurement serves every budget."""
+        from leap_training.methods.blocks import LayerResults
+        from leap_training.methods.lexi import LexiConfig, active_budget, check_top_k, lexi
+
+        args = self.args
+        config = LexiConfig(draws=args.draws, solver=args.solver, seed=args.seed)
+        config.check()
+        base = self._base()
+        check_top_k(base)
+        totals = {label: active_budget(base, config.k_min, **size) for label, size in sizes.items()}
+        model = self._model()
+        identity = self._identity(model) | {
+            "base": base.fingerprint, "draws": config.draws, "tokens": config.tokens, "seed": config.seed
+        }  # fmt: skip
+        results = LayerResults(self.home / "layers.json", identity)
+        found: Found = {}
+        for label, total in totals.items():
+            with progress_bar(f"lexi {label}") as bar:
+                plan = lexi(model, base, total, config, results, bar, on=args.on and str(args.on), dtype=model.dtype)
+            found[label] = plan, {
+                "active_experts": total, "deviation": plan.made_by["deviation"],
+                "flops_per_token": flops_per_token(self.checkpoint, plan),
+                "full_flops_per_token": flops_per_token(self.checkpoint),
+            }  # fmt: skip
+        return found
+
+    def _base(self) -> Plan:
+        """The plan whose experts LExI chooses among; without --on, all of them."""
+        if self.args.on is not None:
+            base = Plan.load(self.args.on)
+            check_plans(self.checkpoint, self.routing.base, [base])
+            return base
+        every, tau = tuple(range(self.routing.num_experts)), self.args.temperature[0]
+        layers = {index: LayerPlan(every, k, tau) for index, k in self.routing.top_k.items()}
+        return Plan(self.routing.base, self.routing.num_experts, layers)
+
+    def _model(self) -> BlockModel:
+        from leap_training.methods.blocks import BlockModel
+
+        return BlockModel(self.checkpoint, scoring_dtype(self.args.dtype))
+
+    def _identity(self, model: BlockModel) -> dict[str, Any]:
+        return {"method": self.args.method, "model": self.routing.base.sha256, "dtype": model.dtype}
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse flags that mean nothing to the method."""
+    where, lexi = f"--method {args.method}", args.method == "lexi"
+    if len(args.temperature) > 1:
+        raise UsageError("--temperature", f"{where} does not search it", "give one value")
+    if args.guard_super_experts:
+        raise UsageError("--guard-super-experts", "is for one-shot methods", "leave it out")
+    if lexi and (args.top_k is not None or (args.on is not None and args.temperature != (1.0,))):
+        raise UsageError("--top-k, --temperature", "lexi chooses top_k, and --on brings its own τ", "leave it out")
+    if not lexi and (args.on is not None):
+        raise UsageError("--on", f"means nothing to {args.method}", "leave it out")
+    if not lexi and args.task is None:
+        raise UsageError(where, "needs --task", f"choose one of {', '.join(TASKS)}")
+    if args.items < 1:
+        raise UsageError("--items", f"is {args.items}", "give 1 or more")
+    for flag in ("warm", "save_policy", "stop", "lookahead", "measure", "tensorboard"):
+        if getattr(args, flag):
+            raise UsageError(f"--{flag.replace('_', '-')}", f"means nothing to {args.method}", "leave it out")

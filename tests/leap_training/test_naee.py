@@ -1,0 +1,161 @@
+"""NAEE against exhaustive search over blocks that are really cut, in every kind of router; greedy says so."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from leap_serve.checkpoint import Checkpoint
+from leap_serve.cli import main
+from leap_serve.plan import LayerPlan, Plan
+from leap_serve.tasks.base import Item
+from leap_serve.torch_subsets import masked_routers
+from leap_training.methods import naee as module
+from leap_training.methods.blocks import BlockModel, LayerResults
+from leap_training.methods.naee import LayerData, naee
+from leap_training.pruning_space import PruningSpace
+from leap_training.saliency import Routing
+from tiny_tokenizer import talking_copy
+
+ITEMS = [Item(str(n), f"What is {n} and {n * n % 7}?", f" It is {n * 31 % 97}.") for n in range(3)]
+FAMILIES = ["qwen3_moe", "olmoe", "gpt_oss", "glm4_moe", "llama4_text"]
+E = 8
+
+
+def open_model(get: Callable[[str], Path], family: str, tmp_path: Path) -> BlockModel:
+    return BlockModel(Checkpoint.open(talking_copy(get(family), tmp_path / family)))
+
+
+def space_of(model: BlockModel, experts: int, **more: Any) -> PruningSpace:
+    return PruningSpace.of(Routing.of(model.checkpoint), experts=experts, **more)
+
+
+def cut_block(model: BlockModel, layer: int, ids: Sequence[int]) -> Any:
+    """The block with every row per expert sliced, as a cut has it: routing and experts are transformers' own."""
+    block = copy.deepcopy(model.layers[layer].block)
+    router, rows = getattr(block, model.family.router), list(ids)
+    for part in (router, block.experts):
+        for tensor in [*part.parameters(), *part.buffers()]:
+            tensor.data = tensor.data[rows].contiguous()
+    for part in (router, block.experts, block):
+        for name in ("num_experts", "n_routed_experts", "out_features"):
+            if hasattr(part, name):
+                setattr(part, name, len(rows))
+    return block
+
+
+def output_of(block: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        y = block(x[None])
+    return (y[0] if isinstance(y, tuple) else y).reshape(x.shape).double()
+
+
+def loss_of(model: BlockModel, layer: int, inputs: list[torch.Tensor], ids: Sequence[int]) -> float:
+    cut, whole = cut_block(model, layer, ids), model.layers[layer].block
+    return sum(float((output_of(cut, x) - output_of(whole, x)).norm()) for x in inputs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_find_is_that_of_exhaustive_search_over_real_cuts(
+    family_checkpoint: Callable[[str], Path], tmp_path: Path, family: str
+) -> None:
+    model = open_model(family_checkpoint, family, tmp_path)
+    ids, results = model.encode(ITEMS), LayerResults(None, {})
+    plan = naee(model, ids, space_of(model, 6), tmp_path / "x", results)
+    layer = list(plan.layers)[-1]
+    captured = model.capture(ids, tmp_path / "again", [layer])
+    inputs = [captured.read(item, layer) for item in range(len(ids))]
+    losses = {kept: loss_of(model, layer, inputs, kept) for kept in itertools.combinations(range(E), 6)}
+    best = min(losses, key=losses.__getitem__)
+    assert plan.layers[layer].retained == best
+    assert results.get(layer)["loss"] == pytest.approx(losses[best], rel=1e-3)
+    assert plan.made_by["method"] == "naee" and plan.made_by["exact"] is True
+    # Not the best alone: every subset has its own error.
+    data = LayerData.of(model.layers[layer], layer, captured)
+    k = model.checkpoint.top_k
+    found = data.losses([LayerPlan(kept, k) for kept in losses])
+    assert found == pytest.approx(list(losses.values()), rel=1e-3)
+
+
+def test_the_progressive_search_sees_the_pruned_model(family_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    model = open_model(family_checkpoint, "qwen3_moe", tmp_path)
+    ids, space, results = model.encode(ITEMS), space_of(model, 3), LayerResults(None, {})
+    plan = naee(model, ids, space, tmp_path / "x", results, progressive=True)
+    assert plan.made_by["method"] == "naee-progressive"
+    every = LayerPlan(tuple(range(E)), 2)
+    for layer in (0, 3):
+        inputs: list[torch.Tensor] = []
+        hook = model.layers[layer].block.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0].clone()))  # noqa: B023
+        before = {n: plan.layers[n] if n < layer else every for n in plan.layers}
+        with torch.no_grad(), masked_routers(model.model, model.family) as routers:
+            routers.assign([Plan(plan.base, E, before)])
+            for one in ids:
+                model.model(torch.tensor([one]))
+        hook.remove()
+        losses = {kept: loss_of(model, layer, inputs, kept) for kept in itertools.combinations(range(E), 3)}
+        assert plan.layers[layer].retained == min(losses, key=losses.__getitem__)
+        assert results.get(layer)["loss"] == pytest.approx(min(losses.values()), rel=1e-3)
+
+
+def test_above_the_limit_it_is_backward_elimination_and_says_so(
+    family_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_model(family_checkpoint, "qwen3_moe", tmp_path)
+    ids, space = model.encode(ITEMS), space_of(model, 3)
+    best = naee(model, ids, space, tmp_path / "x", LayerResults(None, {}))
+    monkeypatch.setattr(module, "EXHAUSTIVE", 55)  # C(8, 3) = 56
+    plan = naee(model, ids, space, tmp_path / "x", LayerResults(None, {}))
+    assert plan.made_by["method"] == "naee-greedy" and plan.made_by["exact"] is False
+    assert any("56 subsets" in notice for notice in plan.made_by["notices"])
+    data = LayerData.of(model.layers[1], 1, model.capture(ids, tmp_path / "x", [1]))
+    kept = set(range(E))
+    while len(kept) > 3:
+        fewer = [sorted(kept - {e}) for e in sorted(kept)]
+        kept = set(min(fewer, key=lambda one: data.losses([LayerPlan(tuple(one), 2)])[0]))
+    assert plan.layers[1].retained == tuple(sorted(kept))
+    assert plan.made_by["reconstruction"]["1"] >= best.made_by["reconstruction"]["1"]
+
+
+def test_skipping_thresholds_and_resuming(family_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    model = open_model(family_checkpoint, "qwen3_moe", tmp_path)
+    ids, space, path = model.encode(ITEMS), space_of(model, 4), tmp_path / "layers.json"
+    plan = naee(model, ids, space, tmp_path / "x", LayerResults(path, {"n": 1}))
+    captured = model.capture(ids, tmp_path / "x", [2])
+    x = torch.cat([captured.read(item, 2) for item in range(len(ids))])
+    highest = (x @ model.layers[2].router.weight[list(plan.layers[2].retained)].T).softmax(-1).topk(2, -1).values
+    middle = float((highest[:, 1] / highest[:, 0]).quantile(0.5))
+    assert plan.made_by["dynamic_skipping"]["beta"]["2"] == pytest.approx(middle, rel=1e-4)
+    known = LayerResults(path, {"n": 1})
+    known.put(2, {"retained": [0, 1, 2, 3], "loss": 0.5, "beta": 0.25})
+    again = naee(model, ids, space, tmp_path / "y", LayerResults(path, {"n": 1}))
+    assert again.layers[2].retained == (0, 1, 2, 3) and not (tmp_path / "y").exists()
+    assert again.layers[1] == plan.layers[1]
+
+
+def test_what_cannot_be_searched_is_refused(
+    family_checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = family_checkpoint("qwen3_moe"), tmp_path / "plan.json"
+    command = ["search", str(folder), "--method", "naee", "--experts", "4", "-o", str(out)]
+    for flags, said in (([], "needs --task"), (["--task", "toy-gsm", "--stop"], "--stop"),
+                        (["--task", "toy-gsm", "--on", "p.json"], "--on")):  # fmt: skip
+        assert main([*command, *flags]) == 2
+        assert said in capsys.readouterr().err and not out.exists()
+
+
+def test_every_method_of_search_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    from leap_serve.cli.search import ONE_SHOT
+    from leap_training.controls import SEARCHES
+    from leap_training.methods.registry import LAYERWISE, METHODS
+
+    assert main(["methods"]) == 0
+    shown = capsys.readouterr().out
+    names = [one.name for one in METHODS]
+    assert sorted(names) == sorted([*ONE_SHOT, *SEARCHES, *LAYERWISE, "leap"])
+    assert all(name in shown for name in names)
