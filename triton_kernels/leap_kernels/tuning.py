@@ -203,3 +203,36 @@ def shared_bytes(config: KernelConfig, element_bytes: int) -> int:
 def missing(table: Table | None, tokens: Sequence[int]) -> list[int]:
     """Return which numbers of tokens a table lacks: where an interrupted tuning goes on."""
     return [number for number in tokens if table is None or number not in table.entries]
+
+
+Contender = Callable[[int], tuple[float, Mapping[str, int]]]
+"""Tunes vLLM's kernel for a number of tokens: µs and its configuration."""
+
+
+def tune_shape(
+    shape: Shape, device: str, folder: Path, tokens: Sequence[int], shared_limit: int, made_by: Mapping[str, Any],
+    measure_at: Callable[[int], Measure], vllm_at: Contender | None, done: Callable[[int, int], None],
+) -> Table:  # fmt: skip
+    """Tune what a table in ``folder`` lacks, saving after each number of tokens; returns the table.
+
+    ``measure_at(M)`` times ours, ``vllm_at(M)`` tunes vLLM's, ``done(finished, all)`` shows progress. Interrupted at any
+    moment, the next call goes on with the number of tokens that was under way.
+    """
+    path = folder / shape.file_name(device)
+    table = Table.load(path) if path.exists() else None
+    for number in missing(table, tokens):
+        done(len(tokens) - len(missing(table, tokens)), len(tokens))
+        config, us = tune(shape, number, measure_at(number), shared_limit)
+        vllm_us, vllm_config = vllm_at(number) if vllm_at else (None, None)
+        entries = {**(table.entries if table else {}), number: Entry(config, us, vllm_us, vllm_config)}
+        table = Table(shape, device, entries, made_by)
+        table.save(folder)
+    assert table is not None
+    done(len(tokens), len(tokens))
+    return table
+
+
+def vllm_file(table: Table, triton_version: str) -> dict[str, Any]:
+    """Return vLLM's own format, {M: its configuration}: what VLLM_TUNED_CONFIG_FOLDER takes, for stock vLLM too."""
+    found = {str(m): dict(entry.vllm_config) for m, entry in sorted(table.entries.items()) if entry.vllm_config}
+    return {"triton_version": triton_version, **found}

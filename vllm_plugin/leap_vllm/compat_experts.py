@@ -137,3 +137,46 @@ def mapped_cpu_experts(stock: Any) -> type:
 def _on_input(rest: tuple[Any, ...], more: dict[str, Any]) -> bool:
     """Read apply_router_weight_on_input, the last argument of vLLM's ``apply``."""
     return bool(more["apply_router_weight_on_input"] if "apply_router_weight_on_input" in more else rest[-1])
+
+
+# vLLM's kernel as a contender ---------------------------------------------------------------------
+
+
+def vllm_layer(
+    x: torch.Tensor, w13: list[torch.Tensor], w2: list[torch.Tensor], ids: torch.Tensor, weights: torch.Tensor,
+    config: dict[str, int] | None = None,
+) -> Callable[[int], object]:  # fmt: skip
+    """Return vLLM's Triton layer on the i-th weights: with a configuration, or as vLLM itself chooses one."""
+    from vllm.model_executor.layers.fused_moe import fused_experts, override_config
+
+    def run(index: int) -> object:
+        with override_config(config):
+            return fused_experts(x, w13[index], w2[index], weights, ids)
+
+    return run
+
+
+def vllm_default(tokens: int, experts: int, hidden: int, width: int, top_k: int) -> dict[str, int]:
+    """The launch that vLLM chooses for a shape without a tuned file."""
+    from vllm.model_executor.layers.fused_moe.fused_moe import get_default_config
+
+    found: dict[str, int] = get_default_config(tokens, experts, width, hidden, top_k, None)
+    return found
+
+
+def vllm_changes() -> list[list[dict[str, int]]]:
+    """Groups of changes to a launch of vLLM's, for descent: the space of its own benchmark_moe, a field or two a time."""
+    return [
+        [{"BLOCK_SIZE_M": m} for m in (16, 32, 64, 128)],
+        [{"BLOCK_SIZE_N": n, "BLOCK_SIZE_K": k} for n in (32, 64, 128, 256) for k in (64, 128, 256)],
+        [{"num_warps": w, "num_stages": s} for w in (4, 8) for s in (2, 3, 4, 5)],
+        [{"GROUP_SIZE_M": g} for g in (1, 16, 32, 64)],
+        [{"BLOCK_SIZE_M": m} for m in (16, 32, 64, 128)],
+    ]  # fmt: skip
+
+
+def vllm_file_name(experts: int, width: int) -> str:
+    """vLLM's name for the tuned file of an unquantised shape on this device."""
+    from vllm.model_executor.layers.fused_moe.fused_moe import get_config_file_name
+
+    return str(get_config_file_name(experts, width, None))

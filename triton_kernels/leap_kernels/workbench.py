@@ -1,0 +1,88 @@
+"""Random layers of one shape on one device, to time contenders on: weights rotate, so that no cache keeps them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from leap_kernels.config import KernelConfig
+from leap_kernels.fused_moe import fused_moe
+from leap_kernels.timing import Layer, median_us
+from leap_kernels.tuning import Measure, Shape
+
+ROTATED_BYTES = 2**29
+"""Weights that one round goes through: several times the L2 of any GPU (60 MB on an H200)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a layer gets from its router: x [T, H], ids int32 and weights fp32 [T, K]."""
+
+    x: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+
+    def distinct(self) -> int:
+        """Experts that at least one token chose."""
+        return len(self.ids.unique())
+
+
+class Workbench:
+    """Sets of weights w13 [E, 2·I, H] and w2 [E, H, I], N(0, 1/fan-in)."""
+
+    def __init__(self, shape: Shape, device: torch.device, rotated_bytes: int = ROTATED_BYTES) -> None:
+        self.shape, self.device = shape, device
+        self.dtype: torch.dtype = getattr(torch, shape.dtype)
+        self.expert_bytes = 3 * shape.hidden * shape.width * self.dtype.itemsize
+        sets = max(2, math.ceil(rotated_bytes / (self.expert_bytes * shape.experts)))
+        torch.manual_seed(0)
+        self.w13 = [self._random(2 * shape.width, shape.hidden) for _ in range(sets)]
+        self.w2 = [self._random(shape.hidden, shape.width) for _ in range(sets)]
+
+    def _random(self, rows: int, columns: int) -> torch.Tensor:
+        weights = torch.empty(self.shape.experts, rows, columns, dtype=self.dtype, device=self.device)
+        return weights.normal_(std=columns**-0.5)
+
+    def batch(self, tokens: int, seed: int = 0) -> Batch:
+        """Random tokens, routed uniformly: the hardest case for memory."""
+        torch.manual_seed(seed)
+        x = torch.randn(tokens, self.shape.hidden, device=self.device).to(self.dtype)
+        scores = torch.randn(tokens, self.shape.experts, device=self.device)
+        weights, ids = torch.softmax(scores, dim=1).topk(self.shape.top_k)
+        return Batch(x, ids.to(torch.int32), weights / weights.sum(1, keepdim=True))
+
+    def ours(self, batch: Batch, config: KernelConfig | None = None) -> Layer:
+        """Our kernel on a batch."""
+
+        def run(index: int) -> object:
+            return fused_moe(
+                batch.x, self.w13[index], self.w2[index], topk_ids=batch.ids, topk_weights=batch.weights, config=config
+            )
+
+        return run
+
+    def bytes_read(self, batch: Batch) -> int:
+        """What any kernel must move at least: the chosen experts' weights once, x in and the result out."""
+        return batch.distinct() * self.expert_bytes + 2 * batch.x.numel() * self.dtype.itemsize
+
+    def flops(self, batch: Batch) -> int:
+        """Multiplications and additions of the layer."""
+        return 6 * batch.ids.numel() * self.shape.hidden * self.shape.width
+
+    def measure(self, batch: Batch, rounds: int = 5) -> Measure:
+        """Return what times a configuration of ours on a batch; infinity for one that does not fit the chip."""
+        return lambda config: guarded_us(lambda: self.ours(batch, config), len(self.w13), rounds, self.device)
+
+
+def guarded_us(make: Callable[[], Layer], sets: int, rounds: int, device: torch.device) -> float:
+    """Return the median µs of a layer, or infinity if Triton finds that it needs more than the chip has."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    try:
+        return median_us(make(), sets, rounds, device)
+    except (OutOfResources, PTXASError, CompilationError):
+        return math.inf
