@@ -26,6 +26,7 @@ VERBS = {
     "serve": "serve a checkpoint with vLLM's OpenAI-compatible server",
     "bench": "measure latency, throughput, memory or serving, one checkpoint or two interleaved",
     "eval": "score a checkpoint on a task",
+    "tune-kernels": "find the fastest launch of the MoE kernels on this GPU, for each |I| of a checkpoint",
     "env": "show versions, hardware and whether vLLM and the plugin are sound",
 }
 
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         sub = verbs.add_parser(verb, help=help_text, description=help_text)
         sub.add_argument("--json", action="store_true", help="end standard output with one line of JSON")
         if verb == wanted:
-            module = importlib.import_module(f"leap_serve.cli.{verb}")
+            module = importlib.import_module(f"leap_serve.cli.{verb.replace('-', '_')}")
             module.add_arguments(sub)
             sub.set_defaults(run=module.run)
     args = parser.parse_args(ours)
