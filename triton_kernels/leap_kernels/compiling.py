@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from leap_kernels import _kernels, _route
 from leap_kernels.config import KernelConfig, default_config
-from leap_kernels.fused_moe import ADD_UP_COLUMNS, ROUTE_ELEMENTS, precision_of
+from leap_kernels.fused_moe import ADD_UP_COLUMNS, ROUTE_ELEMENTS, ROUTE_WARPS, precision_of
 
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Bytes of shared memory that one block may take, by compute capability."""
@@ -122,7 +122,7 @@ def route_variants(experts: int, top_k: int, block_m: int) -> Iterator[Variant]:
         (_route.route_choose, {**flags, **sizes}),
         (_route.route_place, {**sizes, "BLOCK_M": block_m}),
     ):
-        yield Variant(label, kernel, constants, torch.bfloat16, 4)
+        yield Variant(label, kernel, constants, torch.bfloat16, ROUTE_WARPS)
 
 
 def shipped_variants() -> Iterator[Variant]:

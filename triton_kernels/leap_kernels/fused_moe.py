@@ -16,6 +16,8 @@ ROUTE_ELEMENTS = 2048
 """Tokens × experts that one routing program holds in registers."""
 ROUTE_CHUNKS = 128
 """Most programs that share the routing of a large batch."""
+ROUTE_WARPS = 8
+"""Four hold that many elements too, but route_place then takes a stack frame on sm_90."""
 ADD_UP_COLUMNS = 512
 """Columns that one program of the final sum handles: 4 a thread; 8 fp32 take a stack frame on sm_100."""
 
@@ -136,18 +138,29 @@ def _route_tokens(
     if num_tokens <= most:
         _route.route_once[(1,)](
             *score, ids, weights, mapped, *sorted_to, *scalars, num_blocks, *factors,
-            **flags, **sizes, BT=triton.next_power_of_2(num_tokens), BLOCK_M=block_m, num_warps=4,
+            **flags, **sizes, BT=triton.next_power_of_2(num_tokens), BLOCK_M=block_m, num_warps=ROUTE_WARPS,
         )  # fmt: skip
         return routing
     chunk = most * triton.cdiv(triton.cdiv(num_tokens, ROUTE_CHUNKS), most)
     chunks = triton.cdiv(num_tokens, chunk)
     counts = ints(chunks, block_e)
     _route.route_choose[(chunks,)](
-        *score, ids, weights, mapped, counts, *scalars, *factors, chunk, **flags, **sizes, BT=most, num_warps=4
+        *score,
+        ids,
+        weights,
+        mapped,
+        counts,
+        *scalars,
+        *factors,
+        chunk,
+        **flags,
+        **sizes,
+        BT=most,
+        num_warps=ROUTE_WARPS,
     )
     _route.route_place[(chunks,)](
         ids, mapped, counts, *sorted_to, *scalars, num_blocks, chunk, chunks,
-        **sizes, BT=most, BLOCK_M=block_m, num_warps=4,
+        **sizes, BT=most, BLOCK_M=block_m, num_warps=ROUTE_WARPS,
     )  # fmt: skip
     return routing
 
