@@ -59,6 +59,7 @@ def test_one_parameter_alone_rslora_and_another_precision(family_checkpoint: Get
     model = cut_in_memory(full, plan)
     config = LoraConfig(r=2, lora_alpha=3, use_rslora=True, target_modules=[], init_lora_weights=False,
                         target_parameters=["mlp.experts.down_proj"])  # fmt: skip
+    torch.manual_seed(0)
     tuned = get_peft_model(model, config)
     for name, value in tuned.named_parameters():
         value.data = value.bfloat16().float() if "lora_" in name else value
@@ -73,5 +74,6 @@ def test_one_parameter_alone_rslora_and_another_precision(family_checkpoint: Get
         # A bf16 tensor gets the fp32 sum, rounded once.
         half = before[name].bfloat16()
         wanted = (half.float() + (theirs[name] - before[name])).bfloat16()
-        assert torch.isclose(merge.merged(name, half).float(), wanted.float(), rtol=2**-8).all()
+        # One step of bf16 apart where the sums round differently; 1e-6 is for sums that cancel.
+        torch.testing.assert_close(merge.merged(name, half).float(), wanted.float(), rtol=2**-7, atol=1e-6)
         assert (merge.merged(name, half) == wanted).float().mean() > 0.999

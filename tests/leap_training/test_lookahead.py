@@ -83,7 +83,8 @@ def test_a_few_steps_are_those_of_finetune(look: LookAhead, tmp_path: Path) -> N
 
 
 def test_every_plan_starts_alike_whatever_came_before(look: LookAhead) -> None:
-    assert look(PLANS) == [look(PLANS[1:])[0], look(PLANS[:1])[0]][::-1]
+    # Sums of several threads differ in the last bits; a leftover of the plan before would differ in the first.
+    assert look(PLANS) == pytest.approx([look(PLANS[1:])[0], look(PLANS[:1])[0]][::-1], rel=1e-5)
 
 
 def test_what_cannot_be_looked_at_is_refused(look: LookAhead) -> None:
