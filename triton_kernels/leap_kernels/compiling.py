@@ -135,7 +135,7 @@ def shipped_variants() -> Iterator[Variant]:
     for reduction in ("by_expert", "atomic"):
         config = KernelConfig(small.block_m, small.group_m, small.gate_up, small.down, reduction)
         yield from layer_variants(config, torch.float16, 16, 8, even=False)
-    for experts, top_k in ((8, 8), (13, 2), (64, 8), (128, 8), (512, 10)):
+    for experts, top_k in ((8, 8), (13, 2), (32, 8), (64, 8), (128, 1), (512, 10)):
         yield from route_variants(experts, top_k, 64)
 
 

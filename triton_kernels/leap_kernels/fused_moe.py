@@ -12,12 +12,11 @@ from leap_kernels import _kernels, _route
 from leap_kernels.checks import check_arguments
 from leap_kernels.config import KernelConfig, default_config
 
-ROUTE_ELEMENTS = 2048
-"""Tokens × experts that one routing program holds in registers."""
+ROUTE_ELEMENTS = 1024
+"""Tokens × experts that one routing program holds in registers; with 2048 route_place takes a stack frame."""
 ROUTE_CHUNKS = 128
 """Most programs that share the routing of a large batch."""
-ROUTE_WARPS = 8
-"""Four hold that many elements too, but route_place then takes a stack frame on sm_90."""
+ROUTE_WARPS = 4
 ADD_UP_COLUMNS = 512
 """Columns that one program of the final sum handles: 4 a thread; 8 fp32 take a stack frame on sm_100."""
 

@@ -1,0 +1,201 @@
+"""One MoE layer: our kernel against vLLM's (default and tuned), torch's grouped_mm, and the floor of the machine.
+
+    python bench/bench_kernel.py                      # on a CUDA GPU, nothing else running; rows in results/kernel.jsonl
+    python bench/bench_kernel.py --resources          # no GPU: registers and shared memory for sm_80, sm_90, sm_100
+    python bench/bench_kernel.py --smoke --out FILE   # no GPU: tiny shapes in Triton's interpreter; its times mean nothing
+
+All contenders of a shape take turns in one process; each time is a CUDA graph's, between two events, on weights that
+rotate through more than any L2. The floor is the larger of bytes over the copy bandwidth and arithmetic over the matrix
+rate, both measured first. Tuned launches come from LEAP_KERNEL_CONFIGS (`leap tune-kernels`), which holds vLLM's as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from leap_serve.bench import stamped
+from leap_serve.cli.console import table
+from leap_serve.files import append_jsonl
+
+RESULTS = Path(__file__).parent / "results"
+MODELS = {"Qwen3-30B-A3B": (2048, 768, 8), "Qwen3-235B-A22B": (4096, 1536, 8), "Llama-4-Maverick": (5120, 8192, 1)}
+"""Name → H, I, top_k."""
+EXPERTS = (128, 64, 32, 16, 8)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+SMOKE = {"models": {"tiny": (32, 16, 2)}, "experts": (4, 3), "tokens": (1, 5), "dtype": "float32", "rotated": 1}
+GPU = {"models": MODELS, "experts": EXPERTS, "tokens": TOKENS, "dtype": "bfloat16", "rotated": 2**29}
+
+
+def machine(device: Any, smoke: bool) -> dict[str, float]:
+    """Measure what bounds a layer: copy bandwidth in GB/s (read and written) and the bf16 matrix rate in TFLOP/s."""
+    import torch
+
+    from leap_kernels.timing import median_us
+
+    elements, size = (2**16, 128) if smoke else (2**30, 8192)
+    source, target = (torch.ones(elements, dtype=torch.bfloat16, device=device) for _ in range(2))
+    copy_us = median_us(lambda _: target.copy_(source), 1, 11, device)
+    a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+    product_us = median_us(lambda _: a @ b, 1, 11, device)
+    return {"copy_gb_s": elements * 4 / copy_us / 1e3, "matrix_tflop_s": 2 * size**3 / product_us / 1e6}
+
+
+def grouped_mm(bench: Any, batch: Any) -> Callable[[int], object]:
+    """torch's own: sort, gather, grouped product, SiLU·mul, grouped product, weights, sum in order of arrival."""
+    import torch
+    from torch.nn import functional
+
+    experts, top_k = bench.shape.experts, bench.shape.top_k
+
+    def run(index: int) -> object:
+        order = torch.argsort(batch.ids.flatten(), stable=True)
+        bounds = torch.arange(experts, device=batch.ids.device, dtype=batch.ids.dtype)
+        ends = torch.searchsorted(batch.ids.flatten()[order], bounds, right=True).to(torch.int32)
+        token = order // top_k
+        gate, up = torch._grouped_mm(batch.x[token], bench.w13[index].transpose(1, 2), offs=ends).chunk(2, dim=1)
+        rows = torch._grouped_mm(functional.silu(gate) * up, bench.w2[index].transpose(1, 2), offs=ends)
+        weighted = rows * batch.weights.flatten()[order, None].to(rows.dtype)
+        return torch.zeros_like(batch.x).index_add_(0, token, weighted)
+
+    return run
+
+
+def contenders(bench: Any, batch: Any, tuned: Any, smoke: bool) -> Iterator[tuple[str, Callable[[int], object]]]:
+    """Yield name and layer; what cannot run here is left out, and the row says who ran."""
+    import torch
+
+    tokens = len(batch.x)
+    entry = tuned.nearest(tokens) if tuned else None
+    yield "ours", bench.ours(batch, entry.config if entry else None)
+    if smoke:
+        from leap_kernels import reference_moe
+
+        given = {"topk_ids": batch.ids, "topk_weights": batch.weights}
+        yield "torch", lambda index: reference_moe(batch.x, bench.w13[index], bench.w2[index], **given)
+        return
+    if entry:
+        yield "ours default", bench.ours(batch)
+    from leap_vllm.compat_experts import vllm_layer
+
+    vllm = (batch.x, bench.w13, bench.w2, batch.ids, batch.weights)
+    yield "vLLM default", vllm_layer(*vllm)
+    if entry and entry.vllm_config:
+        yield "vLLM tuned", vllm_layer(*vllm, dict(entry.vllm_config))
+    if hasattr(torch, "_grouped_mm") and batch.x.dtype == torch.bfloat16:
+        yield "torch grouped_mm", grouped_mm(bench, batch)
+
+
+def measure(bench: Any, tokens: int, rates: dict[str, float], tuned: Any, rounds: int, smoke: bool) -> dict[str, Any]:
+    """Time all contenders on one batch, after checking that they agree; returns the row's numbers in µs."""
+    import torch
+
+    from leap_kernels.timing import interleaved_us
+
+    batch = bench.batch(tokens)
+    running = dict(contenders(bench, batch, tuned, smoke))
+    expected = running["ours"](0).float()
+    for name, layer in running.items():
+        apart = ((layer(0).float() - expected).abs().max() / expected.abs().max()).item()
+        if not apart < 0.05:
+            raise SystemExit(f"{name} differs from ours by {apart:.3f} of the largest output: nothing is timed")
+    sets, device = len(bench.w13), torch.device(bench.device)
+    times = interleaved_us(running, sets, rounds, device)
+    by_bytes = bench.bytes_read(batch) / rates["copy_gb_s"] / 1e3
+    by_flops = bench.flops(batch) / rates["matrix_tflop_s"] / 1e6
+    floor = max(by_bytes, by_flops)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "tokens": tokens, "distinct_experts": batch.distinct(), "floor_us": floor,
+        "bound": "bytes" if by_bytes > by_flops else "arithmetic", "of_floor": floor / medians["ours"],
+        "us": medians, "spread_us": {name: [min(values), max(values)] for name, values in times.items()},
+        "rounds": rounds,
+    }  # fmt: skip
+
+
+def sweep(args: argparse.Namespace, out: Path) -> None:
+    import torch
+
+    from leap_kernels.tuning import Shape, device_name, find_table
+    from leap_kernels.workbench import Workbench
+
+    plan: dict[str, Any] = SMOKE if args.smoke else GPU
+    device = torch.device("cpu" if args.smoke else "cuda")
+    name = "cpu, interpreted" if args.smoke else device_name(device)
+    rates = machine(device, args.smoke)
+    print(f"{name}: copy {rates['copy_gb_s']:.0f} GB/s, matrices {rates['matrix_tflop_s']:.1f} TFLOP/s", flush=True)
+    for model in args.models or plan["models"]:
+        hidden, width, top_k = plan["models"][model]
+        for experts in args.experts or plan["experts"]:
+            shape = Shape(experts, hidden, width, min(top_k, experts), plan["dtype"])
+            bench = Workbench(shape, device, plan["rotated"])
+            tuned = None if args.smoke else find_table(shape, name)
+            rows = []
+            for tokens in args.tokens or plan["tokens"]:
+                row = measure(bench, tokens, rates, tuned, args.rounds, args.smoke)
+                rows.append(row)
+                about = {"bench": "kernel", "model": model, "experts": experts, "top_k": shape.top_k, "device": name}
+                append_jsonl(out, stamped({**about, "dtype": shape.dtype, "smoke": args.smoke, **rates, **row}))
+            show(f"{model}, {experts} experts, top-{shape.top_k}, µs a layer", rows)
+            del bench
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    names = list(rows[0]["us"])
+    lines = [
+        [row["tokens"], f"{row['floor_us']:.1f}", f"{100 * row['of_floor']:.0f}", *(f"{row['us'][n]:.1f}" for n in names)]
+        for row in rows
+    ]  # fmt: skip
+    table(title, ["tokens", "floor", "ours, % of floor", *names], lines)
+
+
+def resources(out: Path) -> int:
+    """Compile everything that ships for three architectures and append what it takes."""
+    import json
+
+    command = [sys.executable, "-m", "leap_kernels.compiling"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    for row in rows:
+        append_jsonl(out, stamped({"bench": "kernel_resources", **row}))
+    worst = sorted(rows, key=lambda row: -row["registers"])[:12]
+    keys = ("kernel", "variant", "arch", "registers", "stack", "local", "shared")
+    table(f"{len(rows)} kernels compiled, {sum(not row['fits'] for row in rows)} do not fit; most registers first",
+          keys, [[row[key] for key in keys] for row in worst])  # fmt: skip
+    return done.returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes on a CPU")
+    parser.add_argument("--resources", action="store_true", help="compile ahead of time instead of timing")
+    parser.add_argument("--models", nargs="+", choices=MODELS)
+    parser.add_argument("--experts", type=int, nargs="+")
+    parser.add_argument("--tokens", type=int, nargs="+")
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if args.resources:
+        return resources(args.out or RESULTS / "kernel_resources.jsonl")
+    if args.smoke:
+        if args.out is None:
+            parser.error("--smoke needs --out: its times do not belong among the results")
+        args.rounds = 2
+        os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_DEFAULT_FP_FUSION": "1"}
+    else:
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("no CUDA GPU here: run it on one, or try --smoke or --resources")
+    sweep(args, args.out or RESULTS / "kernel.jsonl")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,32 @@
+"""bench_kernel.py end to end on a CPU: tiny shapes, interpreted; it times only contenders that agree."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "bench" / "bench_kernel.py"
+
+
+@pytest.mark.e2e
+def test_smoke(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    command = [sys.executable, str(SCRIPT), "--smoke", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["experts"], row["tokens"]) for row in rows] == [(4, 1), (4, 5), (3, 1), (3, 5)]
+    for row in rows:
+        assert set(row["us"]) == {"ours", "torch"} and min(row["us"].values()) > row["floor_us"] > 0
+        assert row["smoke"] and row["hardware"]["cores"] and row["versions"]["triton"]
+        assert row["distinct_experts"] <= min(row["experts"], 2 * row["tokens"])
+    assert "3 experts, top-2" in done.stdout
+
+
+def test_smoke_times_stay_out_of_the_results() -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT), "--smoke"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "--smoke needs --out" in done.stderr
