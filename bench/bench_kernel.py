@@ -67,7 +67,7 @@ def grouped_mm(bench: Any, batch: Any) -> Callable[[int], object]:
     return run
 
 
-def contenders(bench: Any, batch: Any, tuned: Any, smoke: bool) -> Iterator[tuple[str, Callable[[int], object]]]:
+def contenders(bench: Any, batch: Any, tuned: Any, smoke: bool) -> Iterator[tuple[str, Callable[[int], Any]]]:
     """Yield name and layer; what cannot run here is left out, and the row says who ran."""
     import torch
 

@@ -30,3 +30,19 @@ def test_smoke(tmp_path: Path) -> None:
 def test_smoke_times_stay_out_of_the_results() -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), "--smoke"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "--smoke needs --out" in done.stderr
+
+
+@pytest.mark.slow
+def test_engine_smoke(tmp_path: Path) -> None:
+    """Real vLLM on sparse checkpoints with random weights: fewer experts are fewer bytes, and uneven plans are served."""
+    out = tmp_path / "rows.jsonl"
+    command = [sys.executable, str(SCRIPT.with_name("bench_engine_gpu.py")), "--smoke", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["experts"], row["batch"]) for row in rows] == [(e, b) for e in ("8", "4", "uneven") for b in (1, 2)]
+    weights = {row["experts"]: row["weights_gib"] * 2**30 / 4 for row in rows}
+    expert = 3 * 32 * 64 + 64  # its three matrices and its row of the router
+    assert round(weights["8"] - weights["4"]) == 2 * 4 * expert
+    assert round(weights["uneven"] - weights["4"]) == (2 + 5 - 2 * 4) * expert
+    assert all(row["tpot_ms"]["median"] > 0 and row["ttft_ms"]["median"] > 0 for row in rows)
