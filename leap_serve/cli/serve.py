@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from leap_serve.checkpoint import Checkpoint, check_cut, check_experts, resolve_model
@@ -24,6 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8000, help="port (default 8000; 0 takes a free one)")
     parser.add_argument("--api-key", help="clients must send it as a bearer token; /leap is protected too")
     parser.add_argument("--dtype", help="auto, bfloat16, float16 or float32 (default: vLLM's auto)")
+    parser.add_argument(
+        "--leap-kernel", choices=["auto", "ours", "vllm"],
+        help="MoE kernel on a GPU: ours where `leap tune-kernels` measured it as faster (auto), always, or never",
+    )  # fmt: skip
     parser.add_argument("--name", help="model name that clients use (default: the folder's name)")
 
 
@@ -37,6 +42,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         check_overlays(checkpoint)
     else:
         check_cut(checkpoint)
+    if args.leap_kernel:
+        os.environ["LEAP_KERNEL"] = args.leap_kernel  # read by the plugin in each of the engine's processes
     name = args.name or folder.name
     options = ServeOptions(args.host, args.port, args.api_key, name, args.dtype, tuple(args.rest))
     return serve(folder, describe(checkpoint, name), options)
