@@ -234,7 +234,7 @@ def test_temperatures_are_searched_per_layer(allocation: str) -> None:
         Routing.of(PROFILE), experts=KEEP, allocation=allocation, temperature=(0.5, 0.7, 1.0), may_stop=False
     )
     book = Ledger(Warm(), space)
-    found = search(PROFILE, SCORES, book, AgentConfig(episodes=150, batch=12))
+    found = search(PROFILE, SCORES, book, AgentConfig(episodes=120, batch=12, dreams=3))
     assert {layer.temperature for layer in found.plan.layers.values()} == {0.7}
     first = book.space.plan(book.subset(next(iter(book.rewards))))
     assert {layer.temperature for layer in first.layers.values()} == {1.0}
@@ -250,7 +250,9 @@ def test_an_episode_stops_early_where_size_costs_more_than_it_brings(size_coef: 
     oracle = Oracle()
     oracle.synergy[:] = 0.0
     space = PruningSpace.of(Routing.of(PROFILE), experts=4, allocation="global", may_stop=True)
-    found = search(PROFILE, SCORES, Ledger(oracle, space, Reward(size_coef=size_coef)), AgentConfig(episodes=150))
+    found = search(
+        PROFILE, SCORES, Ledger(oracle, space, Reward(size_coef=size_coef)), AgentConfig(episodes=150, dreams=3)
+    )
     assert (sum(found.plan.counts) == space.budget) is full
     if not full:
         assert found.plan.counts == list(space.top_k), "every further expert costs more than it brings"
@@ -306,7 +308,7 @@ def test_the_model_spares_evaluations() -> None:
     """As many evaluations with the model, without it, and by evolution, in a space too large to try."""
     layers, experts, found = 3, 24, {"model": 0.0, "none": 0.0, "evolution": 0.0}
     prior = scores(profile(layers, experts), "reap")
-    for seed in range(3):
+    for seed in range(2):
         for name, more in (("model", {}), ("none", {"screening": 0, "dreams": 0})):
             book = ledger(Distant(layers, experts, seed), experts=6)
             config = AgentConfig(episodes=160, seed=seed, **more)
