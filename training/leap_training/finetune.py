@@ -11,17 +11,19 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from leap_serve.files import new_folder
 from leap_serve.provenance import made_by
+from leap_serve.tasks.base import Item
 from leap_serve.tasks.registry import load_task
-from leap_training.batches import collate, use_padded_experts, weighted_loss
+from leap_training.batches import Batch, collate, use_padded_experts, weighted_loss
 
 ITEMS = 1000
 STEPS = 400
@@ -56,18 +58,40 @@ def finetune(
         parameter.requires_grad_(False)
     for parameter in tuned:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(tuned, lr=config.lr, weight_decay=config.weight_decay)
     items = load_task(task_name).items("train", config.items, seed=config.seed)
-    rng = random.Random(config.seed)
-    order: list[int] = []
-    losses: list[float] = []
-    for step in range(config.steps):
+    batches = (collate(tokenizer, chosen, prompt_weight=0.0) for chosen in in_order(items, config))
+    losses = take_steps(model, tuned, batches, config, progress)
+    with new_folder(out, force) as work:
+        model.to(torch.bfloat16).save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        note = made_by(task=task_name, items=config.items, steps=config.steps, seed=config.seed, losses=losses)
+        (work / "finetune.json").write_text(json.dumps(note, indent=1) + "\n")
+    return losses
+
+
+def in_order(items: Sequence[Item], config: FinetuneConfig) -> Iterator[list[Item]]:
+    """The items of every step, each item once before any comes again."""
+    rng, order = random.Random(config.seed), list[int]()
+    for _ in range(config.steps):
         if len(order) < config.batch:
             order += rng.sample(range(len(items)), len(items))
-        chosen, order = order[: config.batch], order[config.batch :]
+        yield [items[i] for i in order[: config.batch]]
+        order = order[config.batch :]
+
+
+def take_steps(
+    model: Any,
+    tuned: Sequence[torch.nn.Parameter],
+    batches: Iterable[Batch],
+    config: FinetuneConfig,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[float]:
+    """Tune parameters of a model on one batch after the other; returns the training loss before every step, in nats."""
+    optimizer = torch.optim.AdamW(tuned, lr=config.lr, weight_decay=config.weight_decay)
+    losses: list[float] = []
+    for step, batch in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * (1 - step / config.steps)
-        batch = collate(tokenizer, [items[i] for i in chosen], prompt_weight=0.0)
         loss = weighted_loss(model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -76,11 +100,6 @@ def finetune(
         losses.append(loss.item())
         if progress:
             progress(step + 1, config.steps)
-    with new_folder(out, force) as work:
-        model.to(torch.bfloat16).save_pretrained(work)
-        tokenizer.save_pretrained(work)
-        note = made_by(task=task_name, items=config.items, steps=config.steps, seed=config.seed, losses=losses)
-        (work / "finetune.json").write_text(json.dumps(note, indent=1) + "\n")
     return losses
 
 

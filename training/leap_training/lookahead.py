@@ -8,7 +8,6 @@ items, and widened again. Every plan sees the same batches in the same order.
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,11 +28,11 @@ from leap_serve.subsets import check_plans
 from leap_serve.tasks.base import Item
 from leap_serve.torch_subsets import Shrunk, moe_blocks
 from leap_training.batches import Batch, collate, weighted_loss
-from leap_training.finetune import FinetuneConfig
+from leap_training.finetune import FinetuneConfig, in_order, take_steps
 from leap_training.pruning_agent import Agent, AgentConfig
 from leap_training.pruning_space import Chosen, Ledger
 from leap_training.saliency import Scores
-from leap_training.search_state import StateFolder, fingerprint
+from leap_training.search_state import StateFolder, below, fingerprint
 
 SCORED = 64
 """Held-out items per forward pass."""
@@ -72,7 +71,7 @@ class LookAhead:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(self.device)
         self.model.requires_grad_(False)
-        self.batches = [self._collate(tokenizer, items) for items in _in_order(train, config)]
+        self.batches = [self._collate(tokenizer, items) for items in in_order(train, config)]
         self.held_out = [
             self._collate(tokenizer, held_out[at : at + SCORED]) for at in range(0, len(held_out), SCORED)
         ]  # fmt: skip
@@ -100,18 +99,7 @@ class LookAhead:
 
     def tune(self, tuned: Sequence[torch.nn.Parameter]) -> list[float]:
         """Tune the parameters that :func:`narrowed` yielded; returns the training loss before every step, in nats."""
-        config, losses = self.config, []
-        optimizer = torch.optim.AdamW(tuned, lr=config.lr, weight_decay=config.weight_decay)
-        for step, batch in enumerate(self.batches):
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * (1 - step / config.steps)
-            optimizer.zero_grad(set_to_none=True)
-            loss = weighted_loss(self._logits(batch), batch)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(tuned, 1.0)
-            optimizer.step()
-            losses.append(loss.item())
-        return losses
+        return take_steps(self.model, tuned, self.batches, self.config)
 
     def _score(self) -> float:
         """Mean loss per answer token over all held-out items together."""
@@ -125,16 +113,6 @@ class LookAhead:
 
     def _logits(self, batch: Batch) -> torch.Tensor:
         return self.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
-
-
-def _in_order(items: Sequence[Item], config: FinetuneConfig) -> Iterator[list[Item]]:
-    """The batches of every step, each item once before any comes again: the order that finetune takes."""
-    rng, order = random.Random(config.seed), list[int]()
-    for _ in range(config.steps):
-        if len(order) < config.batch:
-            order += rng.sample(range(len(items)), len(items))
-        yield [items[i] for i in order[: config.batch]]
-        order = order[config.batch :]
 
 
 @contextmanager
@@ -204,7 +182,7 @@ def second_stage(
     agent = Agent(profile, prior, ledger, config)
     header = read_json(state / "search.json")
     tensors = load_file(state / header["tensors"])
-    agent.policy.load_state_dict({n.removeprefix("policy."): t for n, t in tensors.items() if n.startswith("policy.")})
+    agent.policy.load_state_dict(below(tensors, "policy."))
     known = "".join(hashlib.sha256(key).hexdigest() for key in ledger.losses)
     disk = StateFolder(state / "lookahead", fingerprint(agent, profile, f"{header['sha256']} {known}"))
     disk.resume(agent)

@@ -89,8 +89,8 @@ def fingerprint(agent: Agent, profile: Profile, data_sha256: str) -> dict[str, A
     return {
         "model": profile.base.sha256, "profile_data": profile.data_sha256, "search_data": data_sha256,
         "prior_and_start": digest.hexdigest(), "budget": space.budget, "cap": space.cap, "top_k": list(space.top_k),
-        "uniform": space.uniform, "temperatures": list(space.temperatures), "may_stop": space.may_stop, "reward": asdict(agent.ledger.reward),
-        "settings": asdict(agent.config),
+        "uniform": space.uniform, "temperatures": list(space.temperatures), "may_stop": space.may_stop,
+        "reward": asdict(agent.ledger.reward), "settings": asdict(agent.config),
     }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from leap_training.batches import Batch, collate, token_losses, use_fast_experts
 from leap_training.distill import Teacher
 from leap_training.ppo import Rollout
 from leap_training.routing_agent import Exploration, RouterConfig, RoutingAgent, collect_rollout, improve
+from leap_training.search_state import below
 from leap_training.tune_state import copy_into, load_optimizer, optimizer_tensors, read_state, write_state
 
 Report = Callable[[int, int, str], None]
@@ -374,12 +375,8 @@ class Tuner:
             )
         copy_into({**self.tuned, "value": self.agent.value}, tensors, "now.")
         self.best = {name[5:]: t.to(self.accelerator.device) for name, t in tensors.items() if name.startswith("best.")}
-        load_optimizer(self.policy_optimizer, self.policy_names, _under(tensors, "policy."))
+        load_optimizer(self.policy_optimizer, self.policy_names, below(tensors, "policy."))
         if self.optimizer is not None:
-            load_optimizer(self.optimizer, self.tuned, _under(tensors, "adam."))
+            load_optimizer(self.optimizer, self.tuned, below(tensors, "adam."))
         self.progress = Progress(**facts["progress"])
         self.pool.load_state(facts["pool"])
-
-
-def _under(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
