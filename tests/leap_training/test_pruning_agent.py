@@ -184,14 +184,16 @@ def test_a_policy_carries_over_to_another_budget_and_less_of_it_to_another_task(
     warm = Agent(PROFILE, SCORES, ledger(Oracle(), "global", experts=2), QUICK)
     cold = warm.policy.static().detach().clone()
     other = replace(PROFILE, data_sha256="0" * 64)
-    load_policy(warm.policy, other, path)
+    load_policy(warm, other, path)
     assert not torch.equal(warm.policy.static(), cold) and not warm.policy.offset.any()
-    load_policy(warm.policy, PROFILE, path)
+    assert warm.surrogate.carried is None
+    load_policy(warm, PROFILE, path)
+    assert warm.surrogate.carried is not None and len(warm.surrogate.carried[0]) == QUICK.episodes
     assert warm.policy.offset.any() and warm.policy.offset.abs().max() <= CARRIED
     search(PROFILE, SCORES, ledger(Oracle(), "global", experts=2), AgentConfig(episodes=20), warm=path)
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(CheckpointError):
-        load_policy(warm.policy, PROFILE, path)
+        load_policy(warm, PROFILE, path)
 
 
 def test_the_reward_weighs_quality_size_and_latency() -> None:

@@ -56,7 +56,7 @@ class AgentConfig:
         ppo_epochs, clip_coef, gae_lambda, ent_coef, target_kl: PPO's; gamma is 1, an episode has a fixed length.
         screening: episodes drawn for each one that the model chooses to be evaluated; 0 evaluates what is drawn.
         optimism: the model's standard deviations added to its prediction, so that the unknown is tried.
-        trust_after: evaluations before the model is used.
+        trust_after: evaluations before the model is used, unless it knows plans of another budget.
         trust_r2: leave-one-out R² below which it is not.
         dreams: updates on the model between two batches of evaluations; 0 for none.
         dream_episodes, dream_epochs, dream_rate: of these updates; dream_rate replaces offset_rate.
@@ -135,8 +135,7 @@ class Agent:
         """Draw a batch, evaluate it together with the policy's mode, and improve the policy."""
         config, ledger = self.config, self.ledger
         asked, before = ledger.evaluations, ledger.curve[-1] if ledger.curve else -math.inf
-        trusted = asked >= config.trust_after and self.surrogate.r2 >= config.trust_r2
-        screened = (config.batch - 1) // 2 if trusted and config.screening and config.reward == "terminal" else 0
+        screened = (config.batch - 1) // 2 if self._trusted and config.screening and config.reward == "terminal" else 0
         drawn = self.policy.draw(config.batch - 1 - screened, self.generator)
         # The ranking's own plan is the first evaluation: no search returns a worse one.
         first = self.subsets(self.policy.draw(1, None))[0] if self.updates else self.space.best_of(self.prior)
@@ -150,7 +149,7 @@ class Agent:
                     "mean_reward": float(gains[known].sum(1).mean()),
                     **self._improve(drawn[known], gains[known]),
                 }
-            if ledger.evaluations >= config.trust_after and self.surrogate.r2 >= config.trust_r2:
+            if self._trusted:
                 self._dream()
         self.updates += 1
         self._regulate(ledger.evaluations - asked)
@@ -246,6 +245,12 @@ class Agent:
         self.idle = 0 if new else self.idle + 1
         heat = self.policy.heat
         self.policy.heat = heat * HEATING if 2 * new < self.config.batch else max(1.0, heat / HEATING)
+
+    @property
+    def _trusted(self) -> bool:
+        """Whether the model knows enough, from here or from another search, to be listened to."""
+        enough = self.surrogate.carried is not None or self.ledger.evaluations >= self.config.trust_after
+        return enough and self.surrogate.r2 >= self.config.trust_r2
 
     @property
     def finished(self) -> bool:
@@ -345,7 +350,7 @@ def search(
     """
     agent = Agent(profile, prior, ledger, config)
     if warm is not None:
-        load_policy(agent.policy, profile, warm)
+        load_policy(agent, profile, warm)
     disk = StateFolder(state, fingerprint(agent, profile, data_sha256)) if state is not None else None
     if disk is not None:
         disk.resume(agent)
@@ -358,7 +363,7 @@ def search(
         if report is not None:
             report(metrics)
     if save_policy is not None:
-        write_policy(agent.policy, profile, save_policy)
+        write_policy(agent, profile, save_policy)
     chosen, reward, loss = ledger.best()
     kept = {layer: tuple(map(float, prior[layer])) for layer in ledger.space.layers}
     plan = ledger.space.plan(

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save
 from leap_serve.errors import CheckpointError, UsageError
 from leap_serve.files import read_json, sha256_of, write_bytes, write_json
 from leap_serve.profile import Profile
-from leap_training.pruning_policy import PruningPolicy
 
 if TYPE_CHECKING:
     from leap_training.pruning_agent import Agent
@@ -27,26 +26,34 @@ CARRIED = 8.0
 starts so sharp hardly tries anything: on leap-tiny it ended behind a cold one, this one starts and ends level or ahead."""
 
 
-def save_policy(policy: PruningPolicy, profile: Profile, path: Path) -> None:
-    """Write what carries over to another search: the shared weights, and the offsets of this model and data."""
+def save_policy(agent: Agent, profile: Profile, path: Path) -> None:
+    """Write what carries over to another search: the shared weights; and of this model and data the offsets of single
+    experts, the evaluated subsets and their rewards.
+    """
+    policy, experts = agent.policy, agent.policy.similar.shape[1]
     tensors = {f"shared.{i}": p.detach().contiguous() for i, p in enumerate(policy.shared())}
-    tensors["offset"] = policy.offset.detach()[:, : policy.similar.shape[1]].contiguous()
+    known = np.stack([agent.ledger.subset(key)[:, :experts] for key in agent.ledger.rewards])
+    tensors["offset"] = policy.offset.detach()[:, :experts].contiguous()
+    tensors["plans"] = torch.from_numpy(np.ascontiguousarray(known))
+    tensors["rewards"] = torch.tensor(list(agent.ledger.rewards.values()), dtype=torch.float64)
     write_bytes(path, save(tensors, {"origin": _origin(profile)}))
 
 
-def load_policy(policy: PruningPolicy, profile: Profile, path: Path) -> None:
+def load_policy(agent: Agent, profile: Profile, path: Path) -> None:
     """Begin with what :func:`save_policy` wrote; CheckpointError where it does not fit.
 
-    The shared weights fit any model. The offsets are of single experts: they are taken over only where model and
-    profiled data are the same, as they are at another budget, and scaled down to ``CARRIED``.
+    The shared weights fit any model. What is known of single experts is taken over only where model and profiled data
+    are the same, as they are at another budget: the offsets, scaled down to ``CARRIED``, and the evaluated subsets, for
+    the agent's model of the reward.
     """
-    tensors = _read(path)
+    tensors, policy = _read(path), agent.policy
     own = policy.shared()
     named = [tensors.get(f"shared.{i}") for i in range(len(own))]
-    offset, experts = tensors.get("offset"), policy.offset[:, : policy.similar.shape[1]]
+    experts = policy.offset[:, : policy.similar.shape[1]]
+    offset, plans, rewards = (tensors.get(name) for name in ("offset", "plans", "rewards"))
     same = _metadata(path).get("origin") == _origin(profile)
     fits = all(t is not None and t.shape == p.shape for t, p in zip(named, own, strict=True))
-    if not fits or offset is None or (same and offset.shape != experts.shape):
+    if offset is None or plans is None or rewards is None or not fits or (same and offset.shape != experts.shape):
         raise CheckpointError(path, "is not a policy of this version", "train one with leap search --method leap")
     with torch.no_grad():
         for parameter, value in zip(own, named, strict=True):
@@ -54,6 +61,9 @@ def load_policy(policy: PruningPolicy, profile: Profile, path: Path) -> None:
             parameter.copy_(value)
         if same:
             experts.copy_(offset * min(1.0, CARRIED / max(1e-9, float(offset.abs().max()))))
+    if same and len(plans) > 1:
+        wide = torch.nn.functional.pad(plans, (0, agent.space.width - plans.shape[-1]))
+        agent.surrogate.carry(wide.flatten(1), rewards)
 
 
 def _origin(profile: Profile) -> str:
@@ -84,8 +94,8 @@ def fingerprint(agent: Agent, profile: Profile, data_sha256: str) -> dict[str, A
     space, digest = agent.space, hashlib.sha256()
     for layer in space.layers:
         digest.update(np.ascontiguousarray(agent.prior[layer], np.float64).tobytes())
-    for parameter in agent.policy.shared():
-        digest.update(parameter.detach().numpy().tobytes())
+    for tensor in (*agent.policy.shared(), agent.policy.offset, *(agent.surrogate.carried or ())):
+        digest.update(tensor.detach().numpy().tobytes())
     return {
         "model": profile.base.sha256, "profile_data": profile.data_sha256, "search_data": data_sha256,
         "prior_and_start": digest.hexdigest(), "budget": space.budget, "cap": space.cap, "top_k": list(space.top_k),

@@ -22,13 +22,13 @@ class Fit:
 
     Args:
         centre: c [D].
-        rows: (x−c)·chol(K) of the evaluated plans, [M, D].
+        rows: (x−c)·chol(K) of the evaluated plans, [M, D]; carried ones, each about its own centre, come last.
         scale: mean squared norm of the rows.
         pairs, noise, amplitude: hyperparameters; amplitude is the kernel's variance in units of the rewards'.
         weights: (G + noise)⁻¹ t, [M], of the standardised rewards t.
         inverse: (G + noise)⁻¹, [M, M].
         mean, spread: of the rewards.
-        r2: leave-one-out coefficient of determination.
+        r2: leave-one-out coefficient of determination, of this search's own plans.
     """
 
     centre: torch.Tensor
@@ -61,12 +61,24 @@ class Surrogate:
         factors = torch.linalg.cholesky(alike + torch.eye(width, dtype=torch.float64))
         self.root = torch.block_diag(*factors)
         self.fitted: Fit | None = None
+        self.carried: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def carry(self, subsets: torch.Tensor, rewards: torch.Tensor) -> None:
+        """Learn from another search, too: its subsets [C, D] and rewards [C], each taken about its own mean.
+
+        At another budget rewards have another level and spread; what carries over is which choices were above it.
+        """
+        x, y = subsets.double(), rewards.double()
+        self.carried = x - x.mean(0), (y - y.mean()) / (float(y.std()) or 1.0)
 
     def fit(self, subsets: torch.Tensor, rewards: torch.Tensor) -> None:
         """Fit to M ≥ 2 plans: subsets [M, D], rewards [M]."""
         x, y = subsets.double(), rewards.double()
         centre, mean, spread = x.mean(0), float(y.mean()), float(y.std()) or 1.0
-        rows, target = (x - centre) @ self.root, (y - mean) / spread
+        rows, target, own = (x - centre) @ self.root, (y - mean) / spread, len(y)
+        if self.carried is not None:
+            rows = torch.cat([rows, self.carried[0] @ self.root])
+            target = torch.cat([target, self.carried[1]])
         scale = float(rows.square().sum(1).mean()) or 1.0
         overlap = rows @ rows.T / scale
         found: tuple[float, float, float, torch.Tensor, torch.Tensor] | None = None
@@ -75,16 +87,16 @@ class Surrogate:
             values, energy = values.clamp_min(0.0), (vectors.T @ target).square()
             for noise in NOISE:
                 # The amplitude has its best value in closed form.
-                misfit = len(y) * (energy / (values + noise)).mean().log() + (values + noise).log().sum()
+                misfit = len(target) * (energy / (values + noise)).mean().log() + (values + noise).log().sum()
                 if found is None or float(misfit) < found[0]:
                     found = (float(misfit), pairs, noise, values, vectors)
         assert found is not None
         _, pairs, noise, values, vectors = found
         inverse = vectors @ torch.diag(1.0 / (values + noise)) @ vectors.T
         weights = inverse @ target
-        left_out = weights / inverse.diagonal()
-        r2 = 1.0 - float(left_out.square().sum() / target.square().sum().clamp_min(1e-12))
-        amplitude = float((target @ weights) / len(y))
+        left_out = (weights / inverse.diagonal())[:own]
+        r2 = 1.0 - float(left_out.square().sum() / target[:own].square().sum().clamp_min(1e-12))
+        amplitude = float((target @ weights) / len(target))
         self.fitted = Fit(centre, rows, scale, pairs, noise, amplitude, weights, inverse, mean, spread, r2)
 
     def predict(self, subsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
