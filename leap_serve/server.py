@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import errno
 import hashlib
-import importlib
 import json
 import os
 import secrets
@@ -28,8 +27,13 @@ from fastapi import APIRouter, Depends, HTTPException, Request
 
 from leap_serve.adapter import describe_overlays
 from leap_serve.checkpoint import Checkpoint
-from leap_serve.errors import LeapError, UnsupportedError, UsageError
+from leap_serve.errors import LeapError, UsageError
 from leap_serve.provenance import hardware, versions
+from leap_serve.server_admin import admin_router, names
+from leap_serve.server_metrics import Counters
+from leap_serve.server_specialists import Specialists
+from leap_serve.server_vllm import one_line, parse_flags, uvicorn_settings, vllm_server
+from leap_serve.specialists import Base, Specialist
 
 OURS = ("--model", "--host", "--port", "--uds", "--headless", "--grpc", "--api-server-count", "-asc")
 """vLLM flags that contradict ``leap serve``: it names the model, binds the port and runs one API process."""
@@ -62,6 +66,25 @@ class ServeOptions:
                     flag, "stands after `--`, but leap serve sets it itself",
                     "give it before `--`, or start vLLM's own server",
                 )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class SharedModel:
+    """Specialists on the model that is served, and who may change them while it runs.
+
+    Args:
+        base: the model.
+        given: specialists of the command line.
+        kept: those of the state file; one of the command line comes before one of the same name.
+        state: the file in which run-time loads survive a restart, or None.
+        admin_key: opens the routes that load and unload; None: there are none.
+    """
+
+    base: Base
+    given: tuple[Specialist, ...] = ()
+    kept: tuple[Specialist, ...] = ()
+    state: Path | None = None
+    admin_key: str | None = None
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -124,8 +147,13 @@ def describe(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     }
 
 
-def leap_router(description: dict[str, Any], api_keys: Sequence[str]) -> APIRouter:
-    """Return our routes. vLLM's own check of the API key covers only its own paths, so ours is here."""
+def leap_router(
+    description: dict[str, Any], api_keys: Sequence[str], live: Callable[[], dict[str, Any]] = dict
+) -> APIRouter:
+    """Return our routes. vLLM's own check of the API key covers only its own paths, so ours is here.
+
+    ``live`` is asked each time for what may change.
+    """
     digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
 
     async def authorised(request: Request) -> None:
@@ -140,19 +168,22 @@ def leap_router(description: dict[str, Any], api_keys: Sequence[str]) -> APIRout
 
     @router.get("/leap")
     async def leap() -> dict[str, Any]:
-        """What is served: plan, counts per layer, fingerprint, provenance."""
-        return description
+        """What is served: plan, counts per layer, fingerprint, provenance, specialists."""
+        return {**description, **live()}
 
     return router
 
 
-def serve(folder: Path, description: dict[str, Any], options: ServeOptions) -> dict[str, Any]:
+def serve(
+    folder: Path, description: dict[str, Any], options: ServeOptions, shared: SharedModel | None = None
+) -> dict[str, Any]:
     """Serve until SIGINT or SIGTERM; returns {url, model} after a clean stop.
 
     Args:
         folder: a checkpoint that has been checked.
         description: the JSON that GET /leap answers.
         options: see ServeOptions.
+        shared: specialists on this model; None where there are none and none may come.
 
     Raises LeapError when the port is taken, vLLM refuses the settings, or the engine dies, and
     KeyboardInterrupt when a signal comes before it is ready.
@@ -164,13 +195,16 @@ def serve(folder: Path, description: dict[str, Any], options: ServeOptions) -> d
         # From here to vLLM's own handlers, signals must unwind, or engine processes stay behind.
         before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            api = _vllm_server()
-            args = _vllm_arguments(api, folder, port, options)
+            api = vllm_server()
+            args = parse_flags(api, folder, _flags(port, options, shared), options.rest)
             keys = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
-            router = leap_router(description, keys)
+            if shared is not None:
+                _check_shared(api, args, keys, shared)
             import uvloop
 
-            uvloop.run(_run(api, args, sock, router, lambda: _announce(url, options.name, bool(keys))))
+            uvloop.run(
+                _run(api, args, sock, description, keys, shared, lambda: _announce(url, options.name, bool(keys)))
+            )
         except _Interrupted:
             raise KeyboardInterrupt from None
         finally:
@@ -179,8 +213,37 @@ def serve(folder: Path, description: dict[str, Any], options: ServeOptions) -> d
     return {"url": url, "model": options.name}
 
 
+def _flags(port: int, options: ServeOptions, shared: SharedModel | None) -> list[str]:
+    flags = [f"--host={options.host}", f"--port={port}", f"--served-model-name={options.name}"]
+    flags += [f"--api-key={options.api_key}"] if options.api_key else []
+    flags += [f"--dtype={options.dtype}"] if options.dtype else []
+    return flags + (["--worker-extension-cls=leap_vllm.worker.LeapWorker"] if shared is not None else [])
+
+
+def _check_shared(api: Namespace, args: Namespace, keys: Sequence[str], shared: SharedModel) -> None:
+    """Raise UsageError where vLLM's settings and specialists contradict each other."""
+    if shared.admin_key in keys:
+        raise UsageError("--admin-key", "is the API key", "give clients another key than whoever loads specialists")
+    if args.enable_lora or api.envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+        raise UsageError(
+            "--enable-lora", "goes with no specialists, which take the adapters' way", "serve one or the other"
+        )
+    if shared.state is not None and shared.admin_key is None:
+        raise UsageError("--state", "has nothing to hold without --admin-key", "give both, or neither")
+    served = args.served_model_name or []
+    for one in (*shared.given, *shared.kept):
+        if one.name in served:
+            raise UsageError("--specialist", f"{one.name} is the name of the model itself", "choose another name")
+
+
 async def _run(
-    api: Namespace, args: Namespace, sock: socket.socket, router: APIRouter, announce: Callable[[], None]
+    api: Namespace,
+    args: Namespace,
+    sock: socket.socket,
+    description: dict[str, Any],
+    keys: Sequence[str],
+    shared: SharedModel | None,
+    announce: Callable[[], None],
 ) -> None:
     async with contextlib.AsyncExitStack() as stack:
         try:
@@ -189,15 +252,18 @@ async def _run(
             raise
         except Exception as error:
             raise LeapError(
-                args.model, f"vLLM did not start: {type(error).__name__}: {_one_line(error)}",
+                args.model, f"vLLM did not start: {type(error).__name__}: {one_line(error)}",
                 "the cause is in vLLM's log above; flags for vLLM follow a lone `--`",
             ) from None  # fmt: skip
         tasks = await engine.get_supported_tasks()
         app = api.build_app(args, tasks, engine.model_config)
-        app.include_router(router)
-        await api.init_app_state(engine, app.state, args, tasks)
+        if shared is None:
+            app.include_router(leap_router(description, keys))
+            await api.init_app_state(engine, app.state, args, tasks)
+        else:
+            await _share(api, args, tasks, app, engine, description, keys, shared)
         ready = asyncio.create_task(_when_started(app, announce))
-        stopping = await api.serve_http(app, sock=sock, **_uvicorn_settings(api, args))
+        stopping = await api.serve_http(app, sock=sock, **uvicorn_settings(api, args))
         ready.cancel()
     # After a signal vLLM hands back the HTTP server's own shutdown(), which closes what is still open;
     # anything else means that the server left by itself because the engine died.
@@ -205,6 +271,26 @@ async def _run(
     await stopping
     if died:
         raise LeapError(args.model, "the engine died while serving", "the cause is in vLLM's log above")
+
+
+async def _share(
+    api: Namespace,
+    args: Namespace,
+    tasks: Any,
+    app: Any,
+    engine: Any,
+    description: dict[str, Any],
+    keys: Sequence[str],
+    shared: SharedModel,
+) -> None:
+    """Load the specialists and lay their routes and their way to the engine into the app."""
+    specialists = Specialists(engine, shared.base, args.served_model_name, api.LoRARequest, Counters(), shared.state)
+    await specialists.open(shared.given, shared.kept)
+    app.include_router(leap_router(description, keys, lambda: {"specialists": names(specialists.all())}))
+    if shared.admin_key is not None:
+        app.include_router(admin_router(specialists, shared.admin_key))
+    await api.init_app_state(specialists.client, app.state, args, tasks)
+    specialists.publish(app.state.openai_serving_models)
 
 
 async def _when_started(app: Any, announce: Callable[[], None]) -> None:
@@ -226,102 +312,3 @@ class _Interrupted(SystemExit):
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise _Interrupted
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:600]
-
-
-_LAUNCHERS = "vllm.entrypoints.launchers"
-_PLACES: dict[str, tuple[str, ...]] = {
-    # Since 0.32 under launchers/, before that in entrypoints/openai/: the first that imports is taken.
-    "build_async_engine_client": (f"{_LAUNCHERS}.api_server.entry", "vllm.entrypoints.openai.api_server"),
-    "init_app_state": (f"{_LAUNCHERS}.api_server.app_state", "vllm.entrypoints.openai.api_server"),
-    "build_app": (f"{_LAUNCHERS}.app", "vllm.entrypoints.openai.api_server"),
-    "serve_http": (f"{_LAUNCHERS}.launcher", "vllm.entrypoints.launcher"),
-    "validate_api_server_args": (f"{_LAUNCHERS}.launcher", "vllm.entrypoints.openai.api_server"),
-    "make_arg_parser": (f"{_LAUNCHERS}.cli_args", "vllm.entrypoints.openai.cli_args"),
-    "validate_parsed_serve_args": (f"{_LAUNCHERS}.cli_args", "vllm.entrypoints.openai.cli_args"),
-    "get_uvicorn_log_config": (
-        f"{_LAUNCHERS}.utils.server_utils",
-        "vllm.entrypoints.serve.utils.server_utils",
-        "vllm.entrypoints.openai.server_utils",
-    ),
-    "cli_env_setup": ("vllm.entrypoints.serve.utils.api_utils", "vllm.entrypoints.utils"),
-    "FlexibleArgumentParser": ("vllm.utils.argparse_utils",),
-    "ToolParserManager": ("vllm.tool_parsers",),
-    "ReasoningParserManager": ("vllm.reasoning",),
-    "set_ulimit": ("vllm.utils.system_utils",),
-    "current_platform": ("vllm.platforms",),
-    "envs": ("vllm",),
-}
-
-
-def _vllm_server() -> Namespace:
-    """Import the parts of vLLM's server that we assemble, from wherever this release keeps them."""
-    found = Namespace()
-    for name, modules in _PLACES.items():
-        for module in modules:
-            try:
-                setattr(found, name, getattr(importlib.import_module(module), name))
-                break
-            except ModuleNotFoundError as error:
-                if error.name == "vllm":
-                    raise UnsupportedError(
-                        "vllm", "is not installed",
-                        "pip install 'leap-serve[cpu]', or 'leap-serve[cuda]' with an NVIDIA GPU",
-                    ) from None  # fmt: skip
-            except AttributeError:
-                continue
-        if not hasattr(found, name):
-            raise UnsupportedError("vllm", f"this release has no {name} where we know it", "run leap env")
-    return found
-
-
-def _vllm_arguments(api: Namespace, folder: Path, port: int, options: ServeOptions) -> Namespace:
-    """Parse our settings and the user's flags with vLLM's own parser; the user's come last and win."""
-    flags = [f"--model={folder}", f"--host={options.host}", f"--port={port}", f"--served-model-name={options.name}"]
-    flags += [f"--api-key={options.api_key}"] if options.api_key else []
-    flags += [f"--dtype={options.dtype}"] if options.dtype else []
-    flags += ["--load-format=leap"] if (folder / "leap.json").exists() else []
-    if api.current_platform.is_cpu():
-        # Compiling on a CPU takes minutes, and vLLM would reserve most of the memory for its cache.
-        flags += ["--enforce-eager", "--max-model-len=auto"]
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-
-    class Parser(api.FlexibleArgumentParser):  # type: ignore[name-defined, unused-ignore]
-        def error(self, message: str) -> None:
-            raise UsageError("--", f"vLLM says: {message}", "see vLLM's serve arguments")
-
-    api.cli_env_setup()
-    try:
-        args: Namespace = api.make_arg_parser(Parser(prog="leap serve")).parse_args([*flags, *options.rest])
-        api.validate_parsed_serve_args(args)
-        if args.tool_parser_plugin:
-            api.ToolParserManager.import_tool_parser(args.tool_parser_plugin)
-        if args.reasoning_parser_plugin:
-            api.ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
-        api.validate_api_server_args(args)
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise UsageError("--", f"vLLM says: {_one_line(error)}", "correct the flags after `--`") from None
-    api.set_ulimit()
-    return args
-
-
-def _uvicorn_settings(api: Namespace, args: Namespace) -> dict[str, Any]:
-    """The settings of vLLM's own server, from its flags."""
-    copied = (
-        "host", "port", "enable_ssl_refresh", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs",
-        "ssl_ciphers", "h11_max_incomplete_event_size", "h11_max_header_count",
-    )  # fmt: skip
-    log_config = api.get_uvicorn_log_config(args)
-    return {
-        **{name: getattr(args, name) for name in copied},
-        **({} if log_config is None else {"log_config": log_config}),
-        "log_level": args.uvicorn_log_level,
-        "access_log": not args.disable_uvicorn_access_log,
-        "timeout_keep_alive": api.envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
-        # By then the engine is gone (it drains first, if --shutdown-timeout says so), and a stream whose
-        # abort got lost would keep uvicorn waiting for ever.
-        "timeout_graceful_shutdown": 3,
-    }

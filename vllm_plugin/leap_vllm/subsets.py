@@ -16,6 +16,7 @@ import torch
 
 from leap_serve.errors import LeapError, UnsupportedError
 from leap_vllm import compat, compat_runners
+from leap_vllm.heads import HeadTable, LayerHead
 
 REQUEST_KEY = "leap_plan"
 """Key of the slot in a request's extra_args (over HTTP: vllm_xargs)."""
@@ -45,17 +46,33 @@ class LayerTable:
         self.fixed = self.scaled = self.limited = fixed
 
     def load(self, plans: Sequence[tuple[Sequence[int], int, float]]) -> None:
-        """Write (retained ids, top_k, τ) into slots 1, 2, …"""
-        slots = slice(1, len(plans) + 1)
+        """Write (retained ids, top_k, τ) into slots 1, 2, …; the slots behind them are «no plan»."""
+        self._write(1, plans)
+        self.clear(slice(len(plans) + 1, MAX_SLOTS))
+
+    def put(self, slot: int, plan: tuple[Sequence[int], int, float]) -> None:
+        """Write one slot and leave the others alone, whose requests may be running."""
+        self._write(slot, [plan])
+        self._settle()
+
+    def clear(self, slots: int | slice) -> None:
+        """Make slots «no plan»."""
+        self.penalty[slots], self.top_k[slots], self.temperature[slots] = 0.0, self.top_k[0], 1.0
+        self._settle()
+
+    def _write(self, first: int, plans: Sequence[tuple[Sequence[int], int, float]]) -> None:
+        slots = slice(first, first + len(plans))
         penalty = torch.full((len(plans), self.penalty.shape[1]), float("-inf"))
         for row, (retained, _, _) in zip(penalty, plans, strict=True):
             row[list(retained)] = 0.0
         self.penalty[slots] = penalty.to(self.penalty.device)
         self.top_k[slots] = torch.tensor([k for _, k, _ in plans], dtype=torch.long, device=self.top_k.device)
         self.temperature[slots] = torch.tensor([tau for _, _, tau in plans], device=self.temperature.device)
+
+    def _settle(self) -> None:
         # bf16 logits stay bf16 where no τ asks for more, as they do in the stock router of a cut.
-        self.scaled = self.fixed or any(tau != 1.0 for _, _, tau in plans)
-        self.limited = self.fixed or any(k < int(self.top_k[0]) for _, k, _ in plans)
+        self.scaled = self.fixed or bool((self.temperature != 1.0).any())
+        self.limited = self.fixed or bool((self.top_k < self.top_k[0]).any())
 
 
 def route(
@@ -141,7 +158,14 @@ class Subsets:
             layer: LayerTable(found.router.global_num_experts, found.router.top_k, runner.device, fixed=self._fixed)
             for layer, found in self.layers.items()
         }
-        self.slots = 1
+        self._heads = {
+            layer: HeadTable(found.router.global_num_experts, MAX_SLOTS, runner.device)
+            for layer, found in self.layers.items()
+        }
+        self._dtype: torch.dtype = runner.dtype
+        self._loaded: set[int] = set()
+        self._headed = np.zeros(MAX_SLOTS, dtype=bool)
+        self._with_heads = False
         self._active = self._fixed
         self._slot_of = torch.zeros(runner.max_num_tokens, dtype=torch.long, device=runner.device)
         self._each_slot = torch.arange(MAX_SLOTS, device=runner.device).split(1)
@@ -149,7 +173,7 @@ class Subsets:
         self._filled = 0
         self._step: tuple[bytes, bytes] | None = None
         self._undo = [
-            self._hook_router(self._tables[layer], choosing[layer], found.router)
+            self._hook_router(self._tables[layer], self._heads[layer], choosing[layer], found.router)
             for layer, found in self.layers.items()
         ]
         self._undo.append(compat_runners.follow_requests(runner, self._slot_asked, self._before_step))
@@ -159,21 +183,65 @@ class Subsets:
         if len(plans) >= MAX_SLOTS:
             raise LeapError("plans", f"are {len(plans)}", f"load at most {MAX_SLOTS - 1} at a time")
         for number, plan in enumerate(plans):
-            if set(plan) != set(self.layers):
-                raise LeapError(
-                    f"plan {number}", f"plans layers {sorted(plan)}, vLLM runs {sorted(self.layers)} here",
-                    "plan every MoE layer; pipeline parallelism is not supported",
-                )  # fmt: skip
+            self._check(f"plan {number}", plan)
+        for slot in np.flatnonzero(self._headed):
+            self._drop_head(int(slot))
         for layer, table in self._tables.items():
             table.load([plan[layer] for plan in plans])
-        self.slots = len(plans) + 1
+        self._loaded, self._step = set(range(1, len(plans) + 1)), None
+
+    def put(self, slot: int, plan: PlainPlan, heads: Mapping[int, LayerHead]) -> int:
+        """Put one plan, with router heads for some of its layers or none, into a slot that no request uses.
+
+        Requests of other slots may be running. Returns the bytes that the slot now takes.
+        """
+        self._check(f"slot {slot}", plan)
+        if not 0 < slot < MAX_SLOTS:
+            raise LeapError("slot", f"is {slot}", f"use one of 1 … {MAX_SLOTS - 1}")
+        if heads and self._fixed:
+            raise UnsupportedError(
+                "router head", "the engine runs CUDA graphs, which hold no routers but the model's",
+                "start it with --enforce-eager, or serve that specialist from its own cut",
+            )  # fmt: skip
+        for layer, table in self._tables.items():
+            table.put(slot, plan[layer])
+        for layer, head in heads.items():
+            self._heads[layer].put(slot, plan[layer][0], head, self._dtype)
+        self._headed[slot] = bool(heads)
+        self._loaded.add(slot)
+        self._step = None
+        rows = sum(table.penalty[slot].nbytes + 12 for table in self._tables.values())
+        of_heads = [weight.numel() + (0 if bias is None else bias.numel()) for weight, bias in heads.values()]
+        return rows + sum(of_heads) * self._dtype.itemsize
+
+    def clear(self, slot: int) -> None:
+        """Take one plan out of its slot, which no request uses any more; harmless when there is none."""
+        self._drop_head(slot)
+        for table in self._tables.values():
+            table.clear(slot)
+        self._loaded.discard(slot)
+        self._step = None
+
+    def _drop_head(self, slot: int) -> None:
+        for table in self._heads.values():
+            table.drop(slot)
+        self._headed[slot] = False
+
+    def _check(self, where: str, plan: PlainPlan) -> None:
+        if set(plan) != set(self.layers):
+            raise LeapError(
+                where, f"plans layers {sorted(plan)}, vLLM runs {sorted(self.layers)} here",
+                "plan every MoE layer; pipeline parallelism is not supported",
+            )  # fmt: skip
 
     def remove(self) -> None:
         """Put routers and runner back as they were."""
         while self._undo:
             self._undo.pop()()
 
-    def _hook_router(self, table: LayerTable, choosing: compat.Choosing, router: Any) -> Callable[[], None]:
+    def _hook_router(
+        self, table: LayerTable, heads: HeadTable, choosing: compat.Choosing, router: Any
+    ) -> Callable[[], None]:
         stock = router._compute_routing
 
         def compute_routing(
@@ -192,6 +260,8 @@ class Subsets:
             if not self._active:
                 return whole(router_logits)
             slots = self._slot_of[: router_logits.shape[0]] if self._shared is None else self._shared
+            if self._with_heads:
+                router_logits = heads.logits(hidden_states, router_logits, slots)
             return route(table, slots, router_logits, choosing, whole)
 
         return compat.replace_method(router, "_compute_routing", compute_routing)
@@ -199,9 +269,9 @@ class Subsets:
     def _slot_asked(self, extra: Mapping[str, Any]) -> int:
         """Read the slot that a request names in its extra_args."""
         slot = int(extra.get(REQUEST_KEY, 0))
-        if not 0 <= slot < self.slots:
+        if slot and slot not in self._loaded:
             raise LeapError(
-                REQUEST_KEY, f"names plan {slot}, {self.slots - 1} are loaded", "load the plan before asking for it"
+                REQUEST_KEY, f"names plan {slot}, {len(self._loaded)} are loaded", "load the plan before asking for it"
             )
         return slot
 
@@ -213,6 +283,7 @@ class Subsets:
         self._step = step
         if not self._fixed:
             self._active = bool(slots.any())
+            self._with_heads = bool(self._headed[slots].any())
             if not self._active:
                 return
             # A penalty for all is added faster than one gathered for each.

@@ -10,6 +10,7 @@ import torch
 
 from leap_vllm import compat, compat_runners
 from leap_vllm.esp import EspWorker
+from leap_vllm.heads import read_heads
 from leap_vllm.profiling import Recording
 from leap_vllm.shrink import Shrunk
 from leap_vllm.subsets import PlainPlan, Subsets
@@ -37,10 +38,13 @@ class LeapWorker(EspWorker):
         packed = compat.packed_elements(model) * self.model_runner.dtype.itemsize
         return {"weights": sum(weights.values()) + packed, "kv_cache": sum(cache.values()), "peak": peak}
 
-    def leap_start_profile(self) -> None:
-        """Begin to record the experts' statistics; raises UnsupportedError where they cannot be seen."""
+    def leap_start_profile(self, channels_of: str | None = None) -> None:
+        """Begin to record the experts' statistics, with channel sums where the checkpoint's folder is given.
+
+        Raises UnsupportedError where they cannot be seen.
+        """
         self.leap_stop_profile()
-        self.leap_recording = Recording(self.model_runner.get_model())
+        self.leap_recording = Recording(self.model_runner.get_model(), channels_of)
 
     def leap_read_profile(self) -> dict[int, dict[str, bytes]]:
         """Return {MoE layer: {statistic: float64 bytes}} since the start; the same on every rank."""
@@ -55,10 +59,27 @@ class LeapWorker(EspWorker):
 
     def leap_load_plans(self, plans: Sequence[PlainPlan]) -> None:
         """Load plans into slots 1, 2, …, hooking the routers on first use; UnsupportedError where that cannot be."""
+        self._leap_hooked().load(plans)
+
+    def leap_put_plan(self, slot: int, plan: PlainPlan, head: bytes | None = None) -> int:
+        """Load one plan into a slot that no request uses while requests of others run; returns the bytes it takes.
+
+        The first call hooks the routers, so it comes before any request. ``head`` is a router_head.safetensors.
+        Raises LeapError, and changes nothing, where plan or head do not fit the model.
+        """
+        heads = read_heads(head, plan, "router head") if head else {}
+        return self._leap_hooked().put(slot, plan, heads)
+
+    def leap_clear_plan(self, slot: int) -> None:
+        """Empty a slot that no request uses any more."""
+        if self.leap_subsets is not None:
+            self.leap_subsets.clear(slot)
+
+    def _leap_hooked(self) -> Subsets:
         if self.leap_subsets is None:
             self.leap_subsets = Subsets(self.model_runner)
             compat_runners.recapture(self.model_runner)
-        self.leap_subsets.load(plans)
+        return self.leap_subsets
 
     def leap_remove_plans(self) -> None:
         """Take the hooks off; harmless without any."""

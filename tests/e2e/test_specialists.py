@@ -1,0 +1,306 @@
+"""Many specialists from one engine, over real HTTP: each answers as its own cut does, whatever else runs beside it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+
+from families import make_checkpoint
+from leap_serve.adapter import RouterHead, write_overlays
+from leap_serve.checkpoint import Checkpoint
+from leap_serve.cut import cut
+from leap_serve.launch import Server
+from leap_serve.plan import Plan
+from leap_serve.server_admin import ADMIN_HEADER
+from parity import TOLERANCE, uneven_plan
+from processes import SERVER_ENV
+from serving import Job, serve
+from tiny_tokenizer import add_tokenizer
+
+pytestmark = pytest.mark.e2e
+BASE, ADMIN = "base", {ADMIN_HEADER: "sk-admin"}
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+SHORT, LONG = "Once upon a time", "The quick brown fox jumps over the lazy dog. " * 4
+"""LONG is more than a block of the KV cache (128 tokens), so that there is something to find in the prefix cache."""
+TOKENS = 10
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A served model and its specialists: server, folder of the model, folder of each specialist's cut."""
+
+    server: Server
+    model: Path
+    cuts: dict[str, Path]
+    state: Path
+
+
+def plans_of(model: Path) -> dict[str, Plan]:
+    """Three uneven plans: with τ, of one expert per token, and one whose router is tuned below."""
+    lone = uneven_plan(model, 3)
+    return {
+        "math": uneven_plan(model, 1),
+        "code": replace(lone, layers={index: replace(layer, top_k=1) for index, layer in lone.layers.items()}),
+        "law": uneven_plan(model, 2, (1.0,) * 4),
+        "tuned": uneven_plan(model, 4),
+    }
+
+
+def tune(folder: Path) -> None:
+    """Lay a router head beside a cut that changes what its layers choose, all but the second's."""
+    checkpoint, draw = Checkpoint.open(folder), torch.Generator().manual_seed(0)
+    assert checkpoint.plan is not None
+    head = {
+        index: RouterHead(torch.randn(len(layer.retained), 64, generator=draw) * 0.2)
+        for index, layer in checkpoint.plan.layers.items()
+        if index != 1
+    }
+    write_overlays(folder, router_head=head, adapter=None, made_by={"version": "test", "argv": ["pytest"]})
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    folder = tmp_path_factory.mktemp("specialists")
+    model = add_tokenizer(make_checkpoint("qwen3_moe", folder / "model"))
+    cuts = {name: folder / name for name in plans_of(model)}
+    for name, plan in plans_of(model).items():
+        cut(model, plan, cuts[name])
+    tune(cuts["tuned"])
+    named = [f"--specialist={name}={path / 'leap.json'}" for name, path in cuts.items()]
+    flags = [*named, "--name", BASE, "--dtype", "float32", "--admin-key", "sk-admin", "--state", str(folder / "state")]
+    vllm = ["--", "--chat-template", TEMPLATE, "--max-num-seqs", "64", "--max-model-len", "256"]
+    with Server(model, [*flags, *vllm], {**SERVER_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}) as server:
+        yield Shared(server, model, cuts, folder / "state")
+
+
+def ask(shared: Shared, model: str, prompt: str, **more: Any) -> httpx.Response:
+    body = {"model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, **more}
+    return httpx.post(f"{shared.server.url}/v1/completions", json=body, timeout=120)
+
+
+Answer = tuple[list[int], list[dict[int, float]]]
+"""Token ids of prompt and answer, and the likeliest tokens' log-probabilities at each of the answer's."""
+
+
+def answer(shared: Shared, model: str, prompt: str) -> Answer:
+    """Ask greedily, with log-probabilities."""
+    found = ask(shared, model, prompt, logprobs=20, return_token_ids=True, return_tokens_as_token_ids=True).json()
+    assert found["model"] == model
+    (choice,) = found["choices"]
+    top = [
+        {int(key.removeprefix("token_id:")): value for key, value in row.items()}
+        for row in choice["logprobs"]["top_logprobs"]
+    ]
+    assert found["usage"] == {**found["usage"], "prompt_tokens": len(prompt), "completion_tokens": TOKENS}
+    return [*choice["prompt_token_ids"], *choice["token_ids"]], top
+
+
+def furthest(answers: Sequence[Answer], rows: Sequence[torch.Tensor]) -> float:
+    """Largest difference of a log-probability; infinite where a token is not the reference's likeliest."""
+    worst = 0.0
+    for (ids, top), row in zip(answers, rows, strict=True):
+        for place, found in enumerate(top, len(ids) - len(top)):
+            if int(row[place - 1].argmax()) != ids[place]:
+                return float("inf")
+            worst = max(worst, *(abs(value - float(row[place - 1][token])) for token, value in found.items()))
+    return worst
+
+
+def test_each_answers_as_its_own_cut_while_all_run_mixed(shared: Shared) -> None:
+    names, prompts = [BASE, *shared.cuts], [SHORT, LONG, LONG + "Q", "2 + 2 ="]
+    asked = [(name, prompt) for _ in range(2) for prompt in prompts for name in names]
+    with ThreadPoolExecutor(32) as pool:
+        found = list(pool.map(lambda one: answer(shared, *one), asked))
+    by_name = {name: [one for one, (other, _) in zip(found, asked, strict=True) if other == name] for name in names}
+    folders = {BASE: shared.model, **shared.cuts}
+    # What came out is scored, token by token, by vLLM serving each cut alone.
+    unique = {
+        name: list({tuple(ids): (ids, top) for ids, top in answers}.values()) for name, answers in by_name.items()
+    }
+    jobs = [Job(str(folders[name]), [ids for ids, _ in unique[name]], {"max_model_len": 256}) for name in names]
+    references = dict(zip(names, serve(jobs), strict=True))
+    for name in names:
+        assert not references[name].error, references[name].message
+        assert len(unique[name]) == len(prompts), f"{name} gave two answers to one prompt"
+        assert furthest(unique[name], references[name].logprobs) <= TOLERANCE, name
+    # And the plans differ: nobody else's answers fit.
+    for name in names:
+        texts = {tuple(ids) for ids, _ in unique[name]}
+        assert all(texts.isdisjoint({tuple(ids) for ids, _ in unique[other]}) for other in names if other != name)
+
+
+def test_every_way_of_asking_reaches_the_specialist(shared: Shared) -> None:
+    expected = {name: ask(shared, name, SHORT).json()["choices"][0]["text"] for name in (BASE, *shared.cuts)}
+    assert len(set(expected.values())) == len(expected)
+    client = openai.OpenAI(base_url=f"{shared.server.url}/v1", api_key="none", timeout=120, max_retries=0)
+    listed = {model.id: model.model_dump() for model in client.models.list().data}
+    assert list(listed) == [BASE, *shared.cuts]
+    for name, path in shared.cuts.items():
+        assert (listed[name]["parent"], listed[name]["root"]) == (
+            BASE,
+            f"leap:{Plan.load(path / 'leap.json').fingerprint}",
+        )
+    for name, text in expected.items():
+        said: dict[str, Any] = dict(model=name, max_tokens=TOKENS, temperature=0, extra_body={"ignore_eos": True})
+        messages: Any = [{"role": "user", "content": SHORT}]
+        chat = client.chat.completions.create(messages=messages, **said)
+        assert (chat.model, chat.choices[0].message.content) == (name, text)
+        parts: Any = [{"role": "user", "content": [{"type": "text", "text": SHORT}]}]
+        assert client.chat.completions.create(messages=parts, **said).choices[0].message.content == text
+        options: Any = {"include_usage": True}
+        chunks = list(client.completions.create(prompt=SHORT, stream=True, stream_options=options, **said))
+        assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == text
+        assert {chunk.model for chunk in chunks} == {name}
+        assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == TOKENS
+        several = ask(shared, name, SHORT, n=2, prompt=[SHORT, SHORT]).json()["choices"]
+        assert [choice["text"] for choice in several] == [text] * 4
+    beams = [
+        ask(shared, name, SHORT, use_beam_search=True, n=2).json()["choices"][0]["text"] for name in (BASE, "code")
+    ]
+    assert beams[0] != beams[1]
+
+
+def test_nobody_forges_what_only_the_server_sets(shared: Shared) -> None:
+    for model in (BASE, "math"):
+        for key in ("leap_plan", "leap_esp"):
+            for stream in (False, True):
+                refused = ask(shared, model, SHORT, vllm_xargs={key: 2}, stream=stream)
+                assert refused.status_code == 400
+                assert f"vllm_xargs: {key} is not for clients to set" in refused.json()["error"]["message"]
+    right = ask(shared, "code", LONG).json()["choices"][0]["text"]
+    for salt in ("mine", Plan.load(shared.cuts["code"] / "leap.json").fingerprint):
+        # A client's own salt keeps its part of a specialist's cache apart, and opens nobody else's.
+        assert ask(shared, BASE, LONG, cache_salt=salt).status_code == 200
+        assert ask(shared, "code", LONG, cache_salt=salt).json()["choices"][0]["text"] == right
+    assert ask(shared, "codes", SHORT).status_code == 404
+    assert ask(shared, "math", "x" * 300).status_code == 400
+
+
+def test_metrics_count_each_specialist(shared: Shared) -> None:
+    def counted(name: str) -> dict[str, float]:
+        text = httpx.get(f"{shared.server.url}/metrics", timeout=30).text
+        wanted = [line for line in text.splitlines() if line.startswith("leap:") and f'model_name="{name}"' in line]
+        return {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in wanted}
+
+    for name in (BASE, "law"):
+        ask(shared, name, SHORT)
+        before = counted(name)
+        ask(shared, name, SHORT)
+        ask(shared, name, SHORT, stream=True)
+        more = {key: value - before[key] for key, value in counted(name).items() if not key.endswith("_created")}
+        assert more == {
+            "leap:specialist_requests_total": 2, "leap:specialist_prompt_tokens_total": 2 * len(SHORT),
+            "leap:specialist_generation_tokens_total": 2 * TOKENS, "leap:specialist_requests_running": 0,
+        }  # fmt: skip
+
+
+def manage(shared: Shared, method: str, path: str = "", **more: Any) -> httpx.Response:
+    url = f"{shared.server.url}/v1/leap/specialists{path}"
+    return httpx.request(method, url, **{"headers": ADMIN, "timeout": 120, **more})
+
+
+def test_specialists_come_and_go_while_others_answer(shared: Shared) -> None:
+    right = {name: ask(shared, name, SHORT).json()["choices"][0]["text"] for name in ("math", "law", "tuned")}
+    stop, wrong = threading.Event(), list[str]()
+
+    def keep_asking(name: str) -> None:
+        while not stop.is_set():
+            found = ask(shared, name, SHORT)
+            if found.status_code != 200 or found.json()["choices"][0]["text"] != right[name]:
+                wrong.append(found.text)
+
+    with ThreadPoolExecutor(3) as pool:
+        running = [pool.submit(keep_asking, name) for name in right]
+        try:
+            for _ in range(3):
+                for body in (
+                    {"path": str(shared.cuts["tuned"])},
+                    {"plan": json.loads((shared.cuts["law"] / "leap.json").read_text())},
+                ):
+                    loaded = manage(shared, "POST", json={"name": "guest", **body})
+                    assert loaded.status_code == 201, loaded.text
+                    assert loaded.json()["kept"] is True
+                    same = "tuned" if "path" in body else "law"
+                    assert ask(shared, "guest", SHORT).json()["choices"][0]["text"] == right[same]
+                    assert manage(shared, "POST", json={"name": "guest", **body}).status_code == 409
+                    assert [one["name"] for one in json.loads(shared.state.read_text())["specialists"]] == ["guest"]
+                    assert manage(shared, "DELETE", "/guest").json() == {"name": "guest", "state": "unloaded"}
+                    assert ask(shared, "guest", SHORT).status_code == 404
+                    assert json.loads(shared.state.read_text())["specialists"] == []
+        finally:
+            stop.set()
+        for one in running:
+            one.result()
+    assert not wrong, wrong[0]
+    listed = {one["name"]: one for one in manage(shared, "GET").json()["data"]}
+    assert list(listed) == list(shared.cuts)
+    assert [one["router_head"] for one in listed.values()] == [False, False, False, True]
+    masks, heads = (
+        4 * (8 * 4 + 12),
+        64 * 4 * sum(Plan.load(shared.cuts["tuned"] / "leap.json").counts[i] for i in (0, 2, 3)),
+    )
+    assert [one["bytes"] for one in listed.values()] == [masks, masks, masks, masks + heads]
+    assert [one["name"] for one in httpx.get(f"{shared.server.url}/leap").json()["specialists"]] == list(shared.cuts)
+
+
+def test_unloading_waits_for_what_runs(shared: Shared) -> None:
+    body = {"path": str(shared.cuts["law"] / "leap.json")}
+    right = ask(shared, "law", SHORT, max_tokens=200).json()["choices"][0]["text"]
+    assert manage(shared, "POST", json={"name": "guest", **body}).status_code == 201
+    asked = {"model": "guest", "prompt": SHORT, "max_tokens": 200, "temperature": 0, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{shared.server.url}/v1/completions", json=asked, timeout=120) as stream:
+        lines = stream.iter_lines()
+        first = next(lines)
+        leaving = manage(shared, "DELETE", "/guest?wait_s=0")
+        assert (leaving.status_code, leaving.json()["state"]) == (202, "leaving")
+        assert ask(shared, "guest", SHORT).status_code == 404
+        (card,) = [one for one in manage(shared, "GET").json()["data"] if one["name"] == "guest"]
+        assert (card["state"], card["running"]) == ("leaving", 1)
+        assert manage(shared, "POST", json={"name": "guest", **body}).status_code == 409
+        rest = [first, *(line for line in lines if line)]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in rest if line.startswith("data: {")]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == right
+    gone = manage(shared, "DELETE", "/guest")
+    assert gone.status_code in (200, 404), gone.text
+    assert manage(shared, "POST", json={"name": "guest", **body}).status_code == 201
+    # A client that hangs up in the middle of its answer holds nothing up.
+    with httpx.stream("POST", f"{shared.server.url}/v1/completions", json=asked, timeout=120) as stream:
+        next(stream.iter_lines())
+    assert manage(shared, "DELETE", "/guest").json()["state"] == "unloaded"
+
+
+def test_what_does_not_fit_is_refused_with_the_reason(shared: Shared, family_checkpoint: Callable[[str], Path]) -> None:
+    before = manage(shared, "GET").json()
+    good = json.loads((shared.cuts["law"] / "leap.json").read_text())
+    foreign = uneven_plan(family_checkpoint("mixtral")).to_json()
+    for body, reason in (
+        ({"name": "a", "plan": foreign}, "was made for"),
+        ({"name": "a", "plan": {**good, "top_k": {key: 3 for key in good["top_k"]}}}, "top_k"),
+        ({"name": "a", "plan": {**good, "fingerprint": "0"}}, "fingerprint"),
+        ({"name": "a", "path": "/nowhere"}, "is no plan"),
+        ({"name": "a/b", "plan": good}, "name"),
+        ({"name": "text", "plan": good}, "chat content"),
+        ({"name": "a"}, "either path or plan"),
+    ):
+        refused = manage(shared, "POST", json=body)
+        assert refused.status_code == 400, refused.text
+        assert reason in refused.json()["error"]["message"], refused.text
+    assert manage(shared, "POST", json={"name": BASE, "plan": good}).status_code == 409
+    assert manage(shared, "DELETE", "/nobody").status_code == 404
+    assert manage(shared, "DELETE", f"/{BASE}").status_code == 404
+    assert manage(shared, "POST", content=b"{" * 5_000_000).status_code == 413
+    for headers in ({}, {ADMIN_HEADER: "sk-other"}, {"Authorization": "Bearer sk-admin"}):
+        for method in ("GET", "POST"):
+            assert manage(shared, method, headers=headers).status_code == 401
+    after = manage(shared, "GET").json()
+    assert [{**one, "running": 0} for one in after["data"]] == [{**one, "running": 0} for one in before["data"]]
