@@ -21,10 +21,12 @@ class Encoded:
     answer: list[int]
 
 
-def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Encode texts without adding special tokens."""
+def encode(tokenizer: Any, texts: Sequence[str], prefix: bool = False) -> list[list[int]]:
+    """Encode texts without adding special tokens, or with what the tokenizer puts before a text alone."""
+    before = prefix_ids(tokenizer) if prefix else []
     _check(tokenizer)
-    return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
+    found = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+    return [before + list(ids) for ids in found]
 
 
 def _check(tokenizer: Any) -> None:
@@ -43,8 +45,7 @@ def prefix_ids(tokenizer: Any) -> list[int]:
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     """Encode prompts as the model saw them in training: the tokenizer's prefix, then the text."""
-    prefix = prefix_ids(tokenizer)
-    return [prefix + ids for ids in encode(tokenizer, prompts)]
+    return encode(tokenizer, prompts, prefix=True)
 
 
 def encode_items(tokenizer: Any, items: Sequence[Item]) -> list[Encoded]:
@@ -52,6 +53,12 @@ def encode_items(tokenizer: Any, items: Sequence[Item]) -> list[Encoded]:
     prompts = encode_prompts(tokenizer, [item.prompt for item in items])
     answers = encode(tokenizer, [item.answer for item in items])
     return [Encoded(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+def with_end(tokenizer: Any, items: Sequence[Item]) -> list[Encoded]:
+    """Encode items for scoring: the end of text belongs to the answer."""
+    end = end_ids(tokenizer)
+    return [Encoded(one.prompt, one.answer + end) for one in encode_items(tokenizer, items)]
 
 
 def end_ids(tokenizer: Any) -> list[int]:

@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from leap_serve.errors import UnsupportedError
+
 if TYPE_CHECKING:
+    from leap_serve.encoding import Encoded
     from leap_serve.measure import Measurement
     from leap_serve.plan import Plan
     from leap_serve.profile import Profile
@@ -15,6 +18,10 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) as work proceeds."""
+
+
+class NoLogprobsError(UnsupportedError):
+    """A model that answers but does not say how likely a given text is, as many servers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,20 +81,14 @@ class Memory:
     peak_bytes: int
 
 
-class Engine(Protocol):
-    """A model that is loaded and answers. Not thread-safe; close() frees it.
+class Model(Protocol):
+    """What can be asked of a model, wherever it runs: in this process or behind an HTTP endpoint.
 
-    Scores decide between plans by hundredths of a nat, so search in float32: in bfloat16 on a CPU two exact
-    ways of computing the same plan (other batches, masked or cut) differ by up to 0.3 nats per item.
+    ``each`` is called with the number of a prompt or item and its outcome as soon as that one is known.
     """
 
-    @property
-    def vocabulary(self) -> Sequence[int]:
-        """The token ids that a workload's prompts are drawn from."""
-        ...
-
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode texts without adding special tokens."""
+    def tokenize(self, texts: Sequence[str], *, prefix: bool = False) -> list[list[int]]:
+        """Encode texts without special tokens; with ``prefix`` what the tokenizer puts before a text (BOS) comes first."""
         ...
 
     def generate(
@@ -98,12 +99,48 @@ class Engine(Protocol):
         temperature: float = 0.0,
         seed: int | None = None,
         progress: Progress | None = None,
+        each: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
         """Complete each prompt; greedy at temperature 0."""
         ...
 
-    def score(self, items: Sequence[Item], progress: Progress | None = None) -> list[Score]:
-        """Score each item's answer after its prompt, teacher-forced, followed by the end-of-text token."""
+    def score(
+        self,
+        items: Sequence[Item],
+        progress: Progress | None = None,
+        each: Callable[[int, Score], None] | None = None,
+    ) -> list[Score]:
+        """Score each item's answer after its prompt, teacher-forced, followed by the end-of-text token.
+
+        An endpoint leaves out the end of text, which it does not tell. Raises NoLogprobsError where it tells no
+        likelihoods either.
+        """
+        ...
+
+    def score_ids(
+        self,
+        sequences: Sequence[Encoded],
+        progress: Progress | None = None,
+        each: Callable[[int, Score], None] | None = None,
+    ) -> list[Score]:
+        """Score each answer's token ids after the prompt's, as they stand: nothing is put before or after them."""
+        ...
+
+    def close(self) -> None:
+        """Free the model, or the connections to it."""
+        ...
+
+
+class Engine(Model, Protocol):
+    """A model that is loaded and answers. Not thread-safe; close() frees it.
+
+    Scores decide between plans by hundredths of a nat, so search in float32: in bfloat16 on a CPU two exact
+    ways of computing the same plan (other batches, masked or cut) differ by up to 0.3 nats per item.
+    """
+
+    @property
+    def vocabulary(self) -> Sequence[int]:
+        """The token ids that a workload's prompts are drawn from."""
         ...
 
     def score_plans(
@@ -142,8 +179,4 @@ class Engine(Protocol):
 
     def memory(self) -> Memory:
         """Report what the engine holds now."""
-        ...
-
-    def close(self) -> None:
-        """Free the model."""
         ...

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class LeapError(Exception):
     """A problem that the user can cause and can mend.
@@ -15,6 +17,8 @@ class LeapError(Exception):
     """
 
     exit_code = 1
+    result: dict[str, Any] | None = None
+    """What ``--json`` prints all the same, of a verb that came to its end and found a bound broken."""
 
     def __init__(self, where: object, what: str, remedy: str) -> None:
         self.where, self.what, self.remedy = str(where), what, remedy

@@ -75,9 +75,9 @@ class TorchEngine:
 
         return vocabulary_of(self.checkpoint.folder)
 
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode texts without adding special tokens."""
-        return encoding.encode(self.tokenizer, texts)
+    def tokenize(self, texts: Sequence[str], *, prefix: bool = False) -> list[list[int]]:
+        """Encode texts without special tokens; with ``prefix`` BOS comes first where the tokenizer puts it."""
+        return encoding.encode(self.tokenizer, texts, prefix)
 
     @torch.inference_mode()  # type: ignore[untyped-decorator, unused-ignore]
     def generate(
@@ -88,6 +88,7 @@ class TorchEngine:
         temperature: float = 0.0,
         seed: int | None = None,
         progress: Progress | None = None,
+        each: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
         """Complete each prompt; greedy at temperature 0. A completion ends early where max_model_len is reached."""
         ids = encoding.encode_prompts(self.tokenizer, prompts)
@@ -111,24 +112,41 @@ class TorchEngine:
 
             self._decode(batch, min(max_tokens, self.max_model_len - max(map(len, batch))), choose)
             done += [row.completion() for row in rows]
+            if each is not None:
+                for place in range(start, len(done)):
+                    each(place, done[place])
             if progress is not None:
                 progress(len(done), len(ids))
         return done
 
-    @torch.inference_mode()  # type: ignore[untyped-decorator, unused-ignore]
-    def score(self, items: Sequence[Item], progress: Progress | None = None) -> list[Score]:
+    def score(
+        self,
+        items: Sequence[Item],
+        progress: Progress | None = None,
+        each: Callable[[int, Score], None] | None = None,
+    ) -> list[Score]:
         """Score each item's answer after its prompt, teacher-forced, followed by the end-of-text token."""
-        end = encoding.end_ids(self.tokenizer)
-        encoded = encoding.encode_items(self.tokenizer, items)
-        ids = [e.prompt + e.answer + end for e in encoded]
+        return self.score_ids(encoding.with_end(self.tokenizer, items), progress, each)
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator, unused-ignore]
+    def score_ids(
+        self,
+        sequences: Sequence[encoding.Encoded],
+        progress: Progress | None = None,
+        each: Callable[[int, Score], None] | None = None,
+    ) -> list[Score]:
+        """Score each answer's token ids after the prompt's, as they stand."""
+        ids = [e.prompt + e.answer for e in sequences]
         encoding.check_lengths([len(i) for i in ids], self.max_model_len, "item")
-        scores = []
-        for one, whole in zip(encoded, ids, strict=True):
+        scores: list[Score] = []
+        for one, whole in zip(sequences, ids, strict=True):
             tokens = torch.tensor([whole], device=self.device)
             logprobs = self._model(input_ids=tokens, use_cache=False).logits[0].float().log_softmax(-1)
             first = max(1, len(one.prompt))
             picked = logprobs[first - 1 : -1].gather(1, tokens[0, first:, None])
             scores.append(Score(float(picked.double().sum()), len(whole) - first))
+            if each is not None:
+                each(len(scores) - 1, scores[-1])
             if progress is not None:
                 progress(len(scores), len(ids))
         return scores
@@ -144,9 +162,8 @@ class TorchEngine:
         """
         self._check_whole("plans")
         self._check_plans(plans)
-        end = encoding.end_ids(self.tokenizer)
-        encoded = encoding.encode_items(self.tokenizer, items)
-        ids = [e.prompt + e.answer + end for e in encoded]
+        encoded = encoding.with_end(self.tokenizer, items)
+        ids = [e.prompt + e.answer for e in encoded]
         encoding.check_lengths([len(i) for i in ids], self.max_model_len, "item")
         firsts = [max(1, len(one.prompt)) for one in encoded]
         full: dict[int, torch.Tensor] = {}

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,9 +96,9 @@ class VllmEngine:
 
         return vocabulary_of(self.checkpoint.folder)
 
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode texts without adding special tokens."""
-        return encoding.encode(self.tokenizer, texts)
+    def tokenize(self, texts: Sequence[str], *, prefix: bool = False) -> list[list[int]]:
+        """Encode texts without special tokens; with ``prefix`` BOS comes first where the tokenizer puts it."""
+        return encoding.encode(self.tokenizer, texts, prefix)
 
     def generate(
         self,
@@ -108,6 +108,7 @@ class VllmEngine:
         temperature: float = 0.0,
         seed: int | None = None,
         progress: Progress | None = None,
+        each: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
         """Complete each prompt; greedy at temperature 0. A completion ends early where max_model_len is reached."""
         from vllm import SamplingParams
@@ -117,12 +118,26 @@ class VllmEngine:
         params = SamplingParams(
             temperature=temperature, max_tokens=max_tokens, stop=list(stop), seed=seed, skip_special_tokens=True
         )
-        done = self._run(ids, params, progress)
-        return [Completion(o.text, tuple(o.token_ids), str(o.finish_reason)) for o in (r.outputs[0] for r in done)]
+        one = None if each is None else lambda place, result: each(place, _completion(result))
+        return [_completion(result) for result in self._run(ids, params, progress, each=one)]
 
-    def score(self, items: Sequence[Item], progress: Progress | None = None) -> list[Score]:
+    def score(
+        self,
+        items: Sequence[Item],
+        progress: Progress | None = None,
+        each: Callable[[int, Score], None] | None = None,
+    ) -> list[Score]:
         """Score each item's answer after its prompt, teacher-forced, followed by the end-of-text token."""
-        return vllm_scores.score(self, items, progress)[0]
+        return self.score_ids(encoding.with_end(self.tokenizer, items), progress, each)
+
+    def score_ids(
+        self,
+        sequences: Sequence[encoding.Encoded],
+        progress: Progress | None = None,
+        each: Callable[[int, Score], None] | None = None,
+    ) -> list[Score]:
+        """Score each answer's token ids after the prompt's, as they stand."""
+        return vllm_scores.score(self, sequences, progress, each=each)[0]
 
     def score_plans(
         self, plans: Sequence[Plan], items: Sequence[Item], progress: Progress | None = None, *, esp: bool = False
@@ -248,14 +263,20 @@ class VllmEngine:
         progress: Progress | None,
         subsets: Sequence[Subset | None] | None = None,
         extras: Sequence[Mapping[str, Any]] | None = None,
+        each: Callable[[int, Any], None] | None = None,
     ) -> list[Any]:
         """Run token-id prompts to their end, each under its own plan and with its own extra_args; outputs in order."""
         engine = self._llm.llm_engine
         finished: dict[str, Any] = {}
         with self._requests_of(prompts, params, subsets, extras) as names:
+            places = {name: place for place, name in enumerate(names)}
             while engine.has_unfinished_requests():
                 before = len(finished)
-                finished.update({output.request_id: output for output in engine.step() if output.finished})
+                ended = {output.request_id: output for output in engine.step() if output.finished}
+                finished.update(ended)
+                if each is not None:
+                    for name, output in ended.items():
+                        each(places[name], output)
                 if progress is not None and len(finished) > before:
                     progress(len(finished), len(names))
         return [finished[name] for name in names]
@@ -286,6 +307,11 @@ class VllmEngine:
         except BaseException:
             self._llm.llm_engine.abort_request(names)
             raise
+
+
+def _completion(result: Any) -> Completion:
+    output = result.outputs[0]
+    return Completion(output.text, tuple(output.token_ids), str(output.finish_reason))
 
 
 def _prepare_environment(kv_cache_gib: float, tensor_parallel_size: int, quiet: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from leap_serve import encoding
@@ -21,15 +21,25 @@ REFERENCES = 256 * 2**20
 
 
 def score(
-    engine: VllmEngine, items: Sequence[Item], progress: Progress | None, subsets: Sequence[Subset | None] = (None,)
+    engine: VllmEngine,
+    sequences: Sequence[encoding.Encoded],
+    progress: Progress | None,
+    subsets: Sequence[Subset | None] = (None,),
+    each: Callable[[int, Score], None] | None = None,
 ) -> list[list[Score]]:
-    """Score all items under each subset (None: under no plan), all in one batch."""
-    ids, firsts = _encoded(engine, items)
+    """Score all sequences under each subset (None: under no plan), all in one batch; ``each`` counts through."""
+    ids, firsts = _checked(engine, sequences)
+
+    def scored(place: int, result: Any) -> Score:
+        return _score_of(firsts[place % len(ids)], ids[place % len(ids)], result)
+
     # prompt_logprobs=0: of each prompt token its own logprob, nothing else.
     params = _params(prompt_logprobs=0)
+    one = None if each is None else lambda place, result: each(place, scored(place, result))
     with _uncompiled_helpers():
-        results = iter(engine._run(ids * len(subsets), params, progress, [subset for subset in subsets for _ in ids]))
-    return [[_score_of(first, whole, next(results)) for first, whole in zip(firsts, ids, strict=True)] for _ in subsets]
+        results = engine._run(ids * len(subsets), params, progress, [s for s in subsets for _ in ids], each=one)
+    found = [scored(place, result) for place, result in enumerate(results)]
+    return [found[turn * len(ids) : (turn + 1) * len(ids)] for turn in range(len(subsets))]
 
 
 def score_plans(
@@ -37,9 +47,10 @@ def score_plans(
 ) -> list[list[Score]]:
     """Score all items under every plan, as many plans at a time as there are slots."""
     found: list[list[Score]] = []
+    sequences = encoding.with_end(engine.tokenizer, items)
     for start in range(0, len(plans), MAX_PLANS):
         subsets = load_plans(engine, plans[start : start + MAX_PLANS])
-        found += score(engine, items, _counted(progress, start * len(items), len(plans) * len(items)), subsets)
+        found += score(engine, sequences, _counted(progress, start * len(items), len(plans) * len(items)), subsets)
     return found
 
 
@@ -48,7 +59,7 @@ def score_plans_esp(
 ) -> list[list[Score]]:
     """Score with ESP: of each group of items the full model's distributions first, then all plans against them."""
     load_plans(engine, plans[:MAX_PLANS])  # refuses before any work
-    ids, firsts = _encoded(engine, items)
+    ids, firsts = _checked(engine, encoding.with_end(engine.tokenizer, items))
     lengths = [len(whole) - first for whole, first in zip(ids, firsts, strict=True)]
     found: list[list[Score]] = [[] for _ in plans]
     done, total = 0, (len(plans) + 1) * len(items)
@@ -76,13 +87,11 @@ def score_plans_esp(
     return found
 
 
-def _encoded(engine: VllmEngine, items: Sequence[Item]) -> tuple[list[list[int]], list[int]]:
-    """Return of each item all its token ids, and where its answer begins: nothing precedes the very first token."""
-    end = encoding.end_ids(engine.tokenizer)
-    encoded = encoding.encode_items(engine.tokenizer, items)
-    ids = [e.prompt + e.answer + end for e in encoded]
+def _checked(engine: VllmEngine, sequences: Sequence[encoding.Encoded]) -> tuple[list[list[int]], list[int]]:
+    """Return of each sequence all its token ids, and where its answer begins: nothing precedes the very first token."""
+    ids = [e.prompt + e.answer for e in sequences]
     encoding.check_lengths([len(i) for i in ids], engine.max_model_len - 1, "item")
-    return ids, [max(1, len(e.prompt)) for e in encoded]
+    return ids, [max(1, len(e.prompt)) for e in sequences]
 
 
 def _params(**more: Any) -> Any:

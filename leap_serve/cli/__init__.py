@@ -25,7 +25,7 @@ VERBS = {
     "export": "merge what tuning learned into the weights: a plain checkpoint",
     "serve": "serve a checkpoint with vLLM's OpenAI-compatible server",
     "bench": "measure latency, throughput, memory or serving, one checkpoint or two interleaved",
-    "eval": "score a checkpoint on a task",
+    "eval": "score a checkpoint or an endpoint on tasks, against another, or at the off-domain gate",
     "tune-kernels": "find the fastest launch of the MoE kernels on this GPU, for each |I| of a checkpoint",
     "env": "show versions, hardware and whether vLLM and the plugin are sound",
 }
@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         result: dict[str, Any] = args.run(args)
     except LeapError as error:
         print(f"leap {args.verb}: {error}", file=sys.stderr)
+        if args.json and error.result is not None:
+            print(json.dumps(error.result, ensure_ascii=False))
         return error.exit_code
     except KeyboardInterrupt:
         print(f"leap {args.verb}: interrupted", file=sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -16,7 +16,8 @@ class Item:
     """One example of a task.
 
     ``prompt + answer`` is the teacher-forced text; ``answer`` therefore begins with whatever
-    separates it from the prompt. ``reference`` holds what the scorer needs (strings only).
+    separates it from the prompt. ``reference`` holds what the scorer needs (strings only); its "group"
+    names the part of the items whose mean is reported apart.
     """
 
     id: str
@@ -28,10 +29,25 @@ class Item:
 class Task(Protocol):
     """A named source of items and the score of a completion, in [0, 1]."""
 
-    name: str
-    metric: str
-    stop: tuple[str, ...]
-    max_tokens: int
+    @property
+    def name(self) -> str:
+        """What --task calls it."""
+        ...
+
+    @property
+    def metric(self) -> str:
+        """The metric that ``score`` computes."""
+        ...
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Strings that end a completion, which does not hold them."""
+        ...
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest completion."""
+        ...
 
     def items(self, split: Split, limit: int | None = None, seed: int = 0) -> list[Item]:
         """Return the first ``limit`` items of a split, always the same for the same seed."""
@@ -39,6 +55,15 @@ class Task(Protocol):
 
     def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[float]:
         """Return one score in [0, 1] per (item, completion)."""
+        ...
+
+
+@runtime_checkable
+class Detailed(Protocol):
+    """A task with more than one metric."""
+
+    def details(self, items: Sequence[Item], completions: Sequence[str]) -> dict[str, list[float]]:
+        """Return every metric's scores in [0, 1], the main one's among them, per (item, completion)."""
         ...
 
 

@@ -1,4 +1,7 @@
-"""GSM8K (Cobbe et al. 2021): word problems, exact match of the number after ``####`` (the official rule)."""
+"""GSM8K (Cobbe et al. 2021): word problems, exact match of the number after ``####`` (the official rule).
+
+Beside it stands "flexible match", of the last number anywhere, as lm-eval's flexible-extract has it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from leap_serve.errors import LeapError
+from leap_serve.metrics import flexible_number
 from leap_serve.tasks.base import Item, Split
 from leap_serve.tasks.rows import Row, Source, text_of
 
@@ -27,6 +31,14 @@ def exact_match(items: Sequence[Item], completions: Sequence[str]) -> list[float
     ]
 
 
+def both_matches(items: Sequence[Item], completions: Sequence[str]) -> dict[str, list[float]]:
+    """Score by the official rule and by the last number in the text."""
+    flexible = [
+        float(flexible_number(text) == item.reference["answer"]) for item, text in zip(items, completions, strict=True)
+    ]
+    return {"exact match": exact_match(items, completions), "flexible match": flexible}
+
+
 class Gsm8k:
     """Grade-school word problems; 5 % of the official train split are the validation split."""
 
@@ -45,6 +57,10 @@ class Gsm8k:
     def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[float]:
         """GSM8K's exact match."""
         return exact_match(items, completions)
+
+    def details(self, items: Sequence[Item], completions: Sequence[str]) -> dict[str, list[float]]:
+        """Official and flexible extraction."""
+        return both_matches(items, completions)
 
 
 def _item(row: Row, where: str) -> Item:

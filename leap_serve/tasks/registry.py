@@ -10,33 +10,45 @@ from leap_serve.tasks.base import Item, Task
 from leap_serve.tasks.gsm8k import Gsm8k
 from leap_serve.tasks.humaneval import HumanEval
 from leap_serve.tasks.mbpp import Mbpp
+from leap_serve.tasks.passkey import Passkey
+from leap_serve.tasks.qasper import Qasper
 from leap_serve.tasks.rows import Row, read_rows
+from leap_serve.tasks.scitldr import Scitldr
+from leap_serve.tasks.text import Text
 from leap_serve.tasks.toy_code import ToyCode
 from leap_serve.tasks.toy_gsm import ToyGsm
 from leap_serve.tasks.toy_xsum import ToyXsum
+from leap_serve.tasks.user import SUFFIXES, UserTask
 from leap_serve.tasks.xsum import Xsum
 
 TASKS: dict[str, Callable[[], Task]] = {"toy-gsm": ToyGsm, "toy-code": ToyCode, "toy-xsum": ToyXsum}
 """Generated tasks, which leap-tiny was trained on."""
 PUBLISHED: dict[str, Callable[[Path | None], Task]] = {
-    "gsm8k": Gsm8k, "humaneval": HumanEval, "mbpp": Mbpp, "xsum": Xsum,
+    "gsm8k": Gsm8k, "humaneval": HumanEval, "mbpp": Mbpp, "xsum": Xsum, "scitldr": Scitldr, "qasper": Qasper,
 }  # fmt: skip
 """Published tasks, from the Hugging Face Hub or from files."""
+NAMES = (*TASKS, *PUBLISHED, Passkey.name)
+"""All of them; a task file (.yaml) may stand for one of one's own."""
 
 
 def load_task(name: str, data: Path | None = None) -> Task:
-    """Return a task by name, or raise UsageError with the names there are.
+    """Return a task by name or from its YAML file, or raise UsageError with the names there are.
 
-    ``data`` is for published tasks: a JSON Lines file, or a folder of ``{task}_{split}.jsonl`` (plain or .gz),
-    instead of the Hugging Face Hub.
+    ``data`` is for published tasks and task files: a JSON Lines file, or a folder of ``{task}_{split}.jsonl``
+    (plain or .gz), instead of the Hugging Face Hub or of the files that the task file names.
     """
     if name in PUBLISHED:
         return PUBLISHED[name](data)
-    if name not in TASKS:
-        raise UsageError("--task", f"there is no task {name!r}", f"choose one of {', '.join([*TASKS, *PUBLISHED])}")
+    if Path(name).suffix in SUFFIXES:
+        return UserTask.load(Path(name), data)
+    if name == Text.name:
+        raise UsageError("--task", f"{name} is of a running text, which has no items", "use it with leap eval")
+    if name not in NAMES:
+        known = f"choose one of {', '.join(NAMES)}, or give a task file (.yaml)"
+        raise UsageError("--task", f"there is no task {name!r}", known)
     if data is not None:
         raise UsageError("--data", f"{name} generates its own items", f"leave it out, or leave out --task {name}")
-    return TASKS[name]()
+    return Passkey() if name == Passkey.name else TASKS[name]()
 
 
 def items_from_file(path: Path, limit: int | None = None) -> list[Item]:

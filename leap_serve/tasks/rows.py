@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ HELD_OUT = 0.05
 Row = Mapping[str, Any]
 Make = Callable[[Row, str], Item]
 """Turns a row into an item; the text names the row in errors."""
+Data = Path | Mapping[Split, Path]
+"""A file, a folder of files named after task and split, or a file for each split."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +32,18 @@ class Source:
         hub: id on the Hugging Face Hub, with its config and revision.
         splits: the official splits that we use. Without an official "validation", 5 % of train are held out.
         only: the split of files that do not say which one they hold; None refuses them.
+        alias: another beginning of its files' names.
     """
 
     task: str
     hub: str
-    config: str
+    config: str | None
     revision: str | None = None
     splits: tuple[Split, ...] = ("train", "test")
     only: Split | None = None
+    alias: str | None = None
 
-    def items(self, split: Split, make: Make, data: Path | None, limit: int | None, seed: int) -> list[Item]:
+    def items(self, split: Split, make: Make, data: Data | None, limit: int | None, seed: int) -> list[Item]:
         """Return a split's items: test in its official order, train and validation shuffled by the seed.
 
         Train and validation hold no copy of a test item, which some published data sets do.
@@ -57,61 +62,74 @@ class Source:
         random.Random(f"{self.task}/{split}/{seed}").shuffle(found)
         return found[:limit]
 
-    def _official(self, split: Split, make: Make, data: Path | None) -> list[Item]:
+    def rows(self, split: Split, data: Data | None = None) -> Iterator[tuple[str, Row]]:
+        """Yield a split's rows in their order, each with what names it in errors. Raises LeapError."""
         if split not in self.splits:
             has = " and ".join(self.splits)
             raise UsageError("--task", f"{self.task} has no {split} split, only {has}", f"use its {has} split")
-        rows = self._from_hub(split) if data is None else self._from_files(split, data)
-        return [make(row, where) for where, row in rows]
+        return self._from_hub(split) if data is None else self._from_files(split, data)
+
+    def _official(self, split: Split, make: Make, data: Data | None) -> list[Item]:
+        return [make(row, where) for where, row in self.rows(split, data)]
 
     def _from_hub(self, split: Split) -> Iterator[tuple[str, Row]]:
-        try:
-            import datasets
-        except ImportError:
-            raise LeapError(self.task, "needs the package datasets", "pip install 'leap-serve[eval]'") from None
-        import httpx
-
-        try:
-            loaded = datasets.load_dataset(self.hub, self.config, split=split, revision=self.revision)
-        except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
-            reason = str(error).strip().split("\n")[0][:160]
-            raise LeapError(
-                f"--task {self.task}",
-                f"{self.hub} cannot be had from the Hugging Face Hub ({type(error).__name__}: {reason})",
-                f"check the network, or give its rows with --data, as {self.task}_{split}.jsonl or the folder of it",
-            ) from None
+        remedy = f"give its rows with --data, as {self.task}_{split}.jsonl or the folder of it"
+        loaded = load_hub(self.task, remedy, self.hub, self.config, split=split, revision=self.revision)
         return ((f"{self.hub} {split} row {number}", row) for number, row in enumerate(loaded, 1))
 
-    def _from_files(self, split: Split, data: Path) -> Iterator[tuple[str, Row]]:
+    def _from_files(self, split: Split, data: Data) -> Iterator[tuple[str, Row]]:
         found = False
-        for path in self._files(data):
-            for where, row in read_rows(path):
-                if (row.get("split") or self._split_of_file(path)) == split:
-                    found = True
-                    yield where, row
+        for where, row in self._rows_of(split, data):
+            found = True
+            yield where, row
         if not found:
             raise LeapError(
-                data, f"holds no {split} rows of {self.task}",
+                data[split] if isinstance(data, Mapping) else data, f"holds no {split} rows of {self.task}",
                 f'name the file {self.task}_{split}.jsonl, or give its rows the field "split"',
             )  # fmt: skip
 
-    def _holds(self, split: Split, data: Path) -> bool:
+    def _holds(self, split: Split, data: Data) -> bool:
         return split in self.splits and next(self._rows_of(split, data), None) is not None
 
-    def _rows_of(self, split: Split, data: Path) -> Iterator[Row]:
+    def _rows_of(self, split: Split, data: Data) -> Iterator[tuple[str, Row]]:
+        if isinstance(data, Mapping):
+            # A file that a split was given for holds that split, whatever its name or its rows say.
+            yield from read_rows(data[split])
+            return
         for path in self._files(data):
-            yield from (row for _, row in read_rows(path) if (row.get("split") or self._split_of_file(path)) == split)
+            for where, row in read_rows(path):
+                if (row.get("split") or self._split_of_file(path)) == split:
+                    yield where, row
 
     def _files(self, data: Path) -> list[Path]:
         if not data.is_dir():
             return [data]
-        stems = {self.task, *(f"{self.task}_{split}" for split in SPLITS)}
+        stems = {f"{name}{end}" for name in (self.task, self.alias) for end in ("", *(f"_{s}" for s in SPLITS))}
         names = {f"{stem}{suffix}" for stem in stems for suffix in (".jsonl", ".jsonl.gz")}
         return sorted(path for path in data.iterdir() if path.name.lower() in names)
 
     def _split_of_file(self, path: Path) -> str | None:
         last = path.name.lower().split(".")[0].rpartition("_")[2]
         return last if last in SPLITS else self.only
+
+
+def load_hub(task: str, remedy: str, *args: Any, **kwargs: Any) -> Any:
+    """Call datasets.load_dataset; a set that cannot be had is a LeapError that names the hub and the ``remedy``."""
+    try:
+        import datasets
+    except ImportError:
+        raise LeapError(task, "needs the package datasets", "pip install 'leap-serve[eval]'") from None
+    import httpx
+
+    try:
+        return datasets.load_dataset(*args, **kwargs)
+    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
+        reason = str(error).strip().split("\n")[0][:160]
+        raise LeapError(
+            f"--task {task}",
+            f"{args[0]} cannot be had from the Hugging Face Hub ({type(error).__name__}: {reason})",
+            f"check the network, or {remedy}",
+        ) from None
 
 
 def held_out(items: Sequence[Item], share: float = HELD_OUT) -> tuple[list[Item], list[Item]]:
@@ -126,15 +144,20 @@ def held_out(items: Sequence[Item], share: float = HELD_OUT) -> tuple[list[Item]
 
 def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield the objects of a JSON Lines file, plain or gzipped, each with "file:line"; errors name the line."""
+    for number, line in enumerate(read_lines(path, "JSON Lines"), 1):
+        if line.strip():
+            yield f"{path}:{number}", _parsed(line, f"{path}:{number}")
+
+
+def read_lines(path: Path, what: str) -> Iterator[str]:
+    """Yield the lines of a text file, plain or gzipped; ``what`` it should hold stands in the error."""
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"{path}:{number}", _parsed(line, f"{path}:{number}")
+            yield from lines
     except FileNotFoundError:
         raise UsageError(path, "the file does not exist", "check --data") from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise LeapError(path, f"cannot be read ({error})", "give JSON Lines in UTF-8, plain or .gz") from None
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise LeapError(path, f"cannot be read ({error})", f"give {what} in UTF-8, plain or .gz") from None
 
 
 def text_of(row: Row, field: str, where: str) -> str:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 from leap_serve.tasks.base import Item, Split, take
-from leap_serve.tasks.gsm8k import exact_match
+from leap_serve.tasks.gsm8k import both_matches, exact_match
 
 NAMES = (
     "Anna", "Ben", "Carla", "David", "Emma", "Frank", "Grace", "Henry", "Iris", "Jack", "Karen", "Leo",
@@ -105,3 +105,7 @@ class ToyGsm:
     def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[float]:
         """GSM8K's exact match."""
         return exact_match(items, completions)
+
+    def details(self, items: Sequence[Item], completions: Sequence[str]) -> dict[str, list[float]]:
+        """Official and flexible extraction."""
+        return both_matches(items, completions)

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 from leap_serve.tasks.base import Item, Split, take
-from leap_serve.tasks.xsum import rouge_l
+from leap_serve.tasks.xsum import all_rouge, rouge_l
 
 CITIES = (
     "Athens", "Berlin", "Cairo", "Dublin", "Geneva", "Hamburg", "Jakarta", "Lima", "London", "Madrid", "Milan",
@@ -111,3 +111,7 @@ class ToyXsum:
     def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[float]:
         """ROUGE-L F1 per summary."""
         return rouge_l(items, completions)
+
+    def details(self, items: Sequence[Item], completions: Sequence[str]) -> dict[str, list[float]]:
+        """ROUGE-1, ROUGE-2 and ROUGE-L."""
+        return all_rouge(items, completions)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any
 
+from leap_serve.metrics import ROUGE, rouge
 from leap_serve.tasks.base import Item, Split
 from leap_serve.tasks.rows import Row, Source, text_of
 
@@ -14,20 +13,15 @@ from leap_serve.tasks.rows import Row, Source, text_of
 SOURCE = Source("xsum", "EdinburghNLP/xsum", "default", revision="refs/convert/parquet")
 
 
-@cache
-def _scorer() -> Any:
-    from rouge_score import rouge_scorer
-
-    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
-
-
 def rouge_l(items: Sequence[Item], completions: Sequence[str]) -> list[float]:
     """Return ROUGE-L F1 in [0, 1] of each completion against ``reference["summary"]``."""
-    scorer = _scorer()
-    return [
-        float(scorer.score(item.reference["summary"], text.strip())["rougeL"].fmeasure)
-        for item, text in zip(items, completions, strict=True)
-    ]
+    return all_rouge(items, completions)["ROUGE-L"]
+
+
+def all_rouge(items: Sequence[Item], completions: Sequence[str]) -> dict[str, list[float]]:
+    """Return F1 of ROUGE-1, ROUGE-2 and ROUGE-L in [0, 1] of each completion against ``reference["summary"]``."""
+    found = [rouge([item.reference["summary"]], text) for item, text in zip(items, completions, strict=True)]
+    return {name: [one[name] for one in found] for name in ROUGE}
 
 
 class Xsum:
@@ -48,6 +42,10 @@ class Xsum:
     def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[float]:
         """ROUGE-L F1 per summary."""
         return rouge_l(items, completions)
+
+    def details(self, items: Sequence[Item], completions: Sequence[str]) -> dict[str, list[float]]:
+        """ROUGE-1, ROUGE-2 and ROUGE-L."""
+        return all_rouge(items, completions)
 
 
 def _item(row: Row, where: str) -> Item:

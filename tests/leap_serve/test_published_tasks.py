@@ -112,13 +112,31 @@ def test_humaneval_never_trains_on_itself(tmp_path: Path) -> None:
 
 
 def test_offline_names_the_hub_and_the_files(tmp_path: Path) -> None:
-    code = "from leap_serve.tasks.registry import load_task; load_task('gsm8k').items('test')"
+    (tmp_path / "mine.yaml").write_text(
+        'prompt: "{q}"\nanswer: a\nmetric: F1\nhub: {id: org/mine, config: main, splits: [test]}\n'
+    )
+    code = f"""
+from leap_serve.errors import LeapError
+from leap_serve.tasks.registry import load_task
+from leap_serve.tasks.text import Text
+asks = [lambda n=n: load_task(n).items("test") for n in ("gsm8k", "scitldr", "qasper", {str(tmp_path / "mine.yaml")!r})]
+for ask in [*asks, *(lambda s=s: Text(s).read("test") for s in ("Salesforce/wikitext", "allenai/c4"))]:
+    try:
+        ask()
+    except LeapError as error:
+        print(error)
+"""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, check=False)
-    assert run.returncode == 1
-    last = run.stderr.strip().splitlines()[-1]
-    assert "openai/gsm8k cannot be had from the Hugging Face Hub" in last
-    assert "--data, as gsm8k_test.jsonl" in last
+    run = subprocess.run([sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, check=True)
+    said = run.stdout.strip().splitlines()
+    named = {
+        "openai/gsm8k": "gsm8k_test.jsonl", "allenai/scitldr": "scitldr_test.jsonl", "allenai/qasper": "qasper_test",
+        "org/mine": "mine_test.jsonl", "Salesforce/wikitext": "a text file", "allenai/c4": "a text file",
+    }  # fmt: skip
+    assert len(said) == len(named)
+    for line, (hub, file) in zip(said, named.items(), strict=True):
+        assert f"{hub} cannot be had from the Hugging Face Hub" in line
+        assert "--data" in line and file in line
 
 
 def test_real_files_have_the_official_sizes(shared_data: Path) -> None:
@@ -151,7 +169,7 @@ def test_all_real_code_passes_its_own_tests(shared_data: Path) -> None:
 
 
 def test_every_published_task_is_known_by_name() -> None:
-    assert set(PUBLISHED) == {"gsm8k", "humaneval", "mbpp", "xsum"}
+    assert set(PUBLISHED) == {"gsm8k", "humaneval", "mbpp", "xsum", "scitldr", "qasper"}
     assert all(load_task(name).name == name for name in PUBLISHED)
     with pytest.raises(UsageError, match=r"no task 'gsm9k'.*toy-gsm.*gsm8k"):
         load_task("gsm9k")

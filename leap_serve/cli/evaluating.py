@@ -1,0 +1,103 @@
+"""What ``leap eval`` asks, and whom: the tasks with their items, and the models with their answers on record."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from leap_serve.endpoint import Endpoint, is_url
+from leap_serve.engine import Model, Progress
+from leap_serve.errors import UsageError
+from leap_serve.evaluate import Evaluation, Sampling, evaluate, evaluate_text
+from leap_serve.hub import resolve_model
+from leap_serve.journal import Journal, Recorded, folder_identity
+from leap_serve.provenance import versions
+from leap_serve.tasks.base import Item, Task
+from leap_serve.tasks.passkey import Passkey
+from leap_serve.tasks.registry import load_task
+from leap_serve.tasks.text import WIKITEXT, Text
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A model to ask, under the name that tables and progress bars give it."""
+
+    name: str
+    model: Recorded
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One task, its items already at hand."""
+
+    name: str
+    evaluate: Callable[[Model, Progress], Evaluation]
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how a model is run or reached."""
+    engine = parser.add_argument_group("a model in this process")
+    engine.add_argument("--engine", default="vllm", choices=("vllm", "torch"))
+    engine.add_argument("--dtype", default="auto")
+    engine.add_argument("--max-model-len", type=int, help="longest sequence in tokens (default: the model's own)")
+    engine.add_argument("--kv-cache-gib", type=float, default=1.0, help="vllm: KV cache (default 1)")
+    endpoint = parser.add_argument_group("a model behind a URL")
+    endpoint.add_argument("--model", help="its name there (default: the only one that the server lists)")
+    endpoint.add_argument("--vs-model", help="the name of the model behind --vs URL")
+    endpoint.add_argument("--chat", action="store_true", help="ask through chat completions; they tell no loss")
+    endpoint.add_argument("--concurrency", type=int, default=16, help="requests under way at a time (default 16)")
+    endpoint.add_argument("--timeout", type=float, default=600, help="seconds to wait for one answer (default 600)")
+
+
+def work_of(args: argparse.Namespace) -> list[Work]:
+    """Load every task's items, before any model is: what is wrong with them costs nothing."""
+    names = list(dict.fromkeys(args.task))
+    if args.data is not None and len(names) > 1:
+        raise UsageError("--data", f"is given for {len(names)} tasks", "evaluate them one by one")
+    sampling = Sampling(args.samples, args.temperature, tuple(args.k), args.seed)
+    return [_work(args, name, sampling) for name in names]
+
+
+def _work(args: argparse.Namespace, name: str, sampling: Sampling) -> Work:
+    if name == Text.name:
+        text = Text(args.data or WIKITEXT, args.window, args.stride)
+        text.read(args.split)
+        return Work(name, lambda model, progress: evaluate_text(model, text, args.split, args.limit, progress))
+    data = None if args.data is None else Path(args.data)
+    task: Task = Passkey(tuple(args.words), tuple(args.depths)) if name == Passkey.name else load_task(name, data)
+    items: Sequence[Item] = task.items(args.split, args.limit, args.seed)
+    return Work(task.name, lambda model, progress: evaluate(model, task, items, progress, sampling))
+
+
+def sides(args: argparse.Namespace, other: str | None, journal: Journal) -> list[Side]:
+    """The models to ask. Those in this process are opened when they are first needed, one at a time."""
+    named = [(args.target, args.model)] + ([(other, args.vs_model)] if other else [])
+    return [Side(Path(model).name, _recorded(args, model, name, journal)) for model, name in named]
+
+
+def _recorded(args: argparse.Namespace, model: str, name: str | None, journal: Journal) -> Recorded:
+    if is_url(model):
+        endpoint = Endpoint(model, name, chat=args.chat, concurrency=args.concurrency, timeout_s=args.timeout)
+        return Recorded(lambda: endpoint, journal, endpoint.identity)
+    if name is not None or args.chat:
+        raise UsageError(
+            "--model, --chat", f"are for an endpoint, and {model} is none", "give its URL, or leave them out"
+        )
+    folder = resolve_model(model)
+    identity = {
+        "files": folder_identity(folder), "engine": args.engine, "dtype": args.dtype, "versions": versions(),
+        "max_model_len": args.max_model_len,
+    }  # fmt: skip
+    return Recorded(lambda: _engine(args, folder), journal, identity)
+
+
+def _engine(args: argparse.Namespace, folder: Path) -> Model:
+    if args.engine == "vllm":
+        from leap_serve.vllm_engine import VllmEngine
+
+        return VllmEngine(folder, dtype=args.dtype, max_model_len=args.max_model_len, kv_cache_gib=args.kv_cache_gib)
+    from leap_serve.torch_engine import TorchEngine
+
+    return TorchEngine(folder, dtype=args.dtype, max_model_len=args.max_model_len)
