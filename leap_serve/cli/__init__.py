@@ -26,6 +26,7 @@ VERBS = {
     "serve": "serve a checkpoint with vLLM's OpenAI-compatible server",
     "bench": "measure latency, throughput, memory or serving, one checkpoint or two interleaved",
     "eval": "score a checkpoint or an endpoint on tasks, against another, or at the off-domain gate",
+    "report": "show what runs left on disk as one self-contained HTML page",
     "tune-kernels": "find the fastest launch of the MoE kernels on this GPU, for each |I| of a checkpoint",
     "env": "show versions, hardware and whether vLLM and the plugin are sound",
 }

@@ -128,6 +128,7 @@ class Search:
             "task": args.task, "seed": args.seed, "profile_data_sha256": self.profile.data_sha256, "notices": [],
             "prior_method": name, "model": self.model, "engine": args.engine,
         }  # fmt: skip
+        marks: Sequence[float] = ()
         with search_view(f"search {args.task} {label}", args.episodes, self._events(label)) as view:
 
             def show(metrics: object = None) -> None:
@@ -143,12 +144,14 @@ class Search:
                 material = Material(resolve_model(self.model), self.items)
                 cost = SEARCHES[args.method](ledger, prior, args.episodes, args.seed, show, material)
                 if cost is not None:
+                    marks = cost.marks
                     record["cost"] = {"forward_items": cost.forward_items, "backward_items": cost.backward_items}
                 chosen, reward, loss = ledger.best()
                 plan = space.plan(
                     chosen, method=args.method, reward=asdict(self.reward), search_loss=loss, search_reward=reward,
                     evaluations=ledger.evaluations, search_data_sha256=items_sha256(self.items), **record,
                 )  # fmt: skip
+        plan = replace(plan, made_by={**plan.made_by, "improvements": ledger.improvements(marks)})
         start = ledger.losses.get(space.best_of(prior).tobytes(), math.nan)
         figures = {"prior": name, "prior_loss": start, "loss": ledger.best()[2], "evaluations": ledger.evaluations}
         return Found(plan, figures, ledger, prior, folder)

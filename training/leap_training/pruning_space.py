@@ -264,6 +264,17 @@ class Ledger:
         self._best = key if better else self._best
         self.curve.append(reward if better else before)
 
+    def improvements(self, marks: Sequence[float] = ()) -> list[list[float]]:
+        """The learning curve: [evaluation, reward, loss] whenever a better plan that may be returned was found.
+
+        ``marks`` says what each plan counts as, where evaluations are not what a method spends.
+        """
+        found: list[list[float]] = []
+        for place, (reward, loss) in enumerate(zip(self.curve, self.losses.values(), strict=True)):
+            if reward > (found[-1][1] if found else -math.inf):
+                found.append([marks[place] if marks else place + 1, reward, loss])
+        return found
+
     def subset(self, key: bytes) -> Chosen:
         """The choice [L, W] behind a key."""
         return np.frombuffer(key, bool).reshape(-1, self.space.width)
