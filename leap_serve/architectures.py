@@ -32,6 +32,9 @@ class Family:
             family can be cut but our plugin does not serve it.
         weight_on_input: the router weight multiplies the expert's input (Llama-4), not its output.
         group_keys: config keys (n_group, topk_group) of group-limited routing, or None.
+        width_key: config key of the routed experts' intermediate size.
+        shares_width: config key of the shared experts, where their size hangs on ``width_key`` as well: such a
+            family's routed experts cannot be made narrower alone. "" where there always are some.
     """
 
     model_type: str
@@ -44,6 +47,8 @@ class Family:
     vllm: str | None
     weight_on_input: bool = False
     group_keys: tuple[str, str] | None = None
+    width_key: str = "moe_intermediate_size"
+    shares_width: str | None = None
 
     @property
     def leap_architecture(self) -> str:
@@ -55,15 +60,15 @@ _V = "vllm.model_executor.models"
 FAMILIES: tuple[Family, ...] = (
     Family("qwen3_moe", "Qwen3MoeForCausalLM", "mlp", "gate", "num_experts", "num_experts_per_tok", "softmax", f"{_V}.qwen3_moe:Qwen3MoeForCausalLM"),
     Family("qwen2_moe", "Qwen2MoeForCausalLM", "mlp", "gate", "num_experts", "num_experts_per_tok", "softmax", f"{_V}.qwen2_moe:Qwen2MoeForCausalLM"),
-    Family("mixtral", "MixtralForCausalLM", "block_sparse_moe", "gate", "num_local_experts", "num_experts_per_tok", "softmax", f"{_V}.mixtral:MixtralForCausalLM"),
-    Family("olmoe", "OlmoeForCausalLM", "mlp", "gate", "num_experts", "num_experts_per_tok", "softmax", f"{_V}.olmoe:OlmoeForCausalLM"),
-    Family("gpt_oss", "GptOssForCausalLM", "mlp", "router", "num_local_experts", "num_experts_per_tok", "topk-softmax", f"{_V}.gpt_oss:GptOssForCausalLM"),
-    Family("llama4_text", "Llama4ForCausalLM", "feed_forward", "router", "num_local_experts", "num_experts_per_tok", "sigmoid", f"{_V}.llama4:Llama4ForCausalLM", weight_on_input=True),
-    Family("glm4_moe", "Glm4MoeForCausalLM", "mlp", "gate", "n_routed_experts", "num_experts_per_tok", "sigmoid-bias", f"{_V}.glm4_moe:Glm4MoeForCausalLM", group_keys=("n_group", "topk_group")),
-    Family("deepseek_v3", "DeepseekV3ForCausalLM", "mlp", "gate", "n_routed_experts", "num_experts_per_tok", "sigmoid-bias", None, group_keys=("n_group", "topk_group")),
-    Family("kimi_k2", "DeepseekV3ForCausalLM", "mlp", "gate", "n_routed_experts", "num_experts_per_tok", "sigmoid-bias", None, group_keys=("n_group", "topk_group")),
-    Family("deepseek_v2", "DeepseekV2ForCausalLM", "mlp", "gate", "n_routed_experts", "num_experts_per_tok", "softmax", None, group_keys=("n_group", "topk_group")),
-    Family("minicpm", "MiniCPMForCausalLM", "mlp", "gate", "num_experts", "num_experts_per_tok", "softmax", None),
+    Family("mixtral", "MixtralForCausalLM", "block_sparse_moe", "gate", "num_local_experts", "num_experts_per_tok", "softmax", f"{_V}.mixtral:MixtralForCausalLM", width_key="intermediate_size"),
+    Family("olmoe", "OlmoeForCausalLM", "mlp", "gate", "num_experts", "num_experts_per_tok", "softmax", f"{_V}.olmoe:OlmoeForCausalLM", width_key="intermediate_size"),
+    Family("gpt_oss", "GptOssForCausalLM", "mlp", "router", "num_local_experts", "num_experts_per_tok", "topk-softmax", f"{_V}.gpt_oss:GptOssForCausalLM", width_key="intermediate_size"),
+    Family("llama4_text", "Llama4ForCausalLM", "feed_forward", "router", "num_local_experts", "num_experts_per_tok", "sigmoid", f"{_V}.llama4:Llama4ForCausalLM", weight_on_input=True, width_key="intermediate_size", shares_width=""),
+    Family("glm4_moe", "Glm4MoeForCausalLM", "mlp", "gate", "n_routed_experts", "num_experts_per_tok", "sigmoid-bias", f"{_V}.glm4_moe:Glm4MoeForCausalLM", group_keys=("n_group", "topk_group"), shares_width="n_shared_experts"),
+    Family("deepseek_v3", "DeepseekV3ForCausalLM", "mlp", "gate", "n_routed_experts", "num_experts_per_tok", "sigmoid-bias", None, group_keys=("n_group", "topk_group"), shares_width="n_shared_experts"),
+    Family("kimi_k2", "DeepseekV3ForCausalLM", "mlp", "gate", "n_routed_experts", "num_experts_per_tok", "sigmoid-bias", None, group_keys=("n_group", "topk_group"), shares_width="n_shared_experts"),
+    Family("deepseek_v2", "DeepseekV2ForCausalLM", "mlp", "gate", "n_routed_experts", "num_experts_per_tok", "softmax", None, group_keys=("n_group", "topk_group"), shares_width="n_shared_experts"),
+    Family("minicpm", "MiniCPMForCausalLM", "mlp", "gate", "num_experts", "num_experts_per_tok", "softmax", None, width_key="intermediate_size"),
 )  # fmt: skip
 
 _LAYER = re.compile(r"^(?P<stack>(?:.*\.)?layers)\.(?P<layer>\d+)\.(?P<rest>.+)$")

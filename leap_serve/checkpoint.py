@@ -12,19 +12,19 @@ from typing import Any
 
 from leap_serve.architectures import Family, Role, family_of, role_of, text_config
 from leap_serve.errors import CheckpointError, UnsupportedError
-from leap_serve.files import read_json
 from leap_serve.hub import resolve_model as resolve_model  # one import serves whoever opens checkpoints
 from leap_serve.overlays import ADAPTER, ROUTER_HEAD, check_overlays
 from leap_serve.plan import BaseModel, Plan
+from leap_serve.shards import INDEX as INDEX
+from leap_serve.shards import OPTIMIZER as OPTIMIZER
+from leap_serve.shards import PICKLES as PICKLES
+from leap_serve.shards import read_object, read_shards
 from leap_serve.tensorfile import TensorEntry, read_header
 
-INDEX = "model.safetensors.index.json"
 MANIFEST = "leap.json"
 FINGERPRINT_KEY = "leap_fingerprint"
-OPTIMIZER = "optimizer.safetensors"
 # transformers 5 writes num_local_experts where older files of the same family say num_experts.
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 ROUTING_KEYS = (
     "model_type", "num_hidden_layers", "hidden_size", "norm_topk_prob", "n_group", "topk_group", "topk_method",
     "scoring_func", "routed_scaling_factor",
@@ -61,10 +61,10 @@ class Checkpoint:
             raise CheckpointError(folder, "no such folder", "check the path")
         if not (folder / "config.json").is_file():
             raise CheckpointError(folder, "has no config.json", "give the folder of a transformers checkpoint")
-        config = _read_object(folder / "config.json")
+        config = read_object(folder / "config.json")
         family = family_of(config, folder / "config.json")
-        tensors, metadata = _read_shards(folder)
-        manifest = _read_object(folder / MANIFEST) if (folder / MANIFEST).exists() else None
+        tensors, metadata = read_shards(folder)
+        manifest = read_object(folder / MANIFEST) if (folder / MANIFEST).exists() else None
         plan = Plan.from_json(manifest, folder / MANIFEST) if manifest is not None else None
         checkpoint = cls(folder, config, family, tensors, metadata, manifest, plan)
         _ = checkpoint.num_experts, checkpoint.top_k, checkpoint.num_hidden_layers
@@ -138,6 +138,13 @@ class Checkpoint:
             return len(self.plan.layers[layer].retained)
         return len(self.mtp_retained.get(layer, ())) or self.num_experts
 
+    def router_rows_in(self, layer: int) -> int:
+        """Rows that a layer's router must have: one per expert, of a router with a map one per expert of the full model."""
+        planned = self.plan.layers.get(layer) if self.plan else None
+        if self.plan is not None and planned is not None and planned.maps_router:
+            return self.plan.num_experts
+        return self.experts_in(layer)
+
     def head_tails(self) -> dict[int, frozenset[str]]:
         """Layer → what follows ``router.`` in the names of its tensors with one row per expert.
 
@@ -149,7 +156,7 @@ class Checkpoint:
             role = self.role(name)
             if role.kind == "router":
                 tails.setdefault(role.layer, {})[router_tail(self.family, name)] = entry
-        return {layer: _head_of(found, self.experts_in(layer)) for layer, found in tails.items()}
+        return {layer: _head_of(found, self.router_rows_in(layer)) for layer, found in tails.items()}
 
     def identity(self) -> BaseModel:
         """Identify the weights without reading them all.
@@ -212,65 +219,22 @@ def read_bytes(entry: TensorEntry) -> bytes:
         return stream.read(entry.nbytes)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = read_json(path)
-    except (OSError, RecursionError) as error:
-        raise CheckpointError(path, f"cannot be read ({type(error).__name__})", "restore the file") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(path, f"holds a JSON {type(value).__name__}, not an object", "restore the file")
-    return value
+def width_of(source: Checkpoint) -> int:
+    """Return the routed experts' intermediate size (I) as config.json says."""
+    found = text_config(source.config).get(source.family.width_key)
+    if type(found) is not int or found < 1:
+        raise UnsupportedError(source.folder / "config.json", f"{source.family.width_key} is {found!r}", "restore it")
+    return found
 
 
-def _read_shards(folder: Path) -> tuple[dict[str, TensorEntry], dict[str, dict[str, str]]]:
-    """Read the headers of all weight files: those that the index names, or the only one there is."""
-    index: Mapping[str, str] | None = None
-    if (folder / INDEX).exists():
-        index = _read_object(folder / INDEX).get("weight_map")
-        if not isinstance(index, dict) or not index or not all(_plain(name) for name in index.values()):
-            raise CheckpointError(folder / INDEX, "has no weight_map of tensor → file name", "restore the file")
-    names = sorted(set(index.values())) if index else [_single_file(folder)]
-    tensors: dict[str, TensorEntry] = {}
-    metadata: dict[str, dict[str, str]] = {}
-    for file in names:
-        path = folder / file
-        if not path.is_file():
-            raise CheckpointError(path, f"is missing, {INDEX} names it", "copy or download the shard")
-        entries, metadata[file] = read_header(path)
-        for name, entry in entries.items():
-            # A tensor stored twice counts where the index says it is.
-            if index and index.get(name, file) != file:
-                continue
-            if name in tensors:
-                raise CheckpointError(path, f"holds {name}, which {tensors[name].file.name} holds too", "keep one")
-            tensors[name] = entry
-    missing = [name for name in index or () if name not in tensors]
-    if missing and index:
-        raise CheckpointError(
-            folder / index[missing[0]], f"lacks tensor {missing[0]}, {INDEX} says it is there"
-            + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""), "copy or download the shard again",
+def check_narrow(source: Checkpoint) -> None:
+    """Raise UnsupportedError where the family's config cannot say that routed experts alone are narrower."""
+    shared = source.family.shares_width
+    if shared is not None and (not shared or text_config(source.config).get(shared)):
+        raise UnsupportedError(
+            source.folder, f"its shared expert's size hangs on {source.family.width_key}, too, and would have to shrink",
+            "choose another --method than intra",
         )  # fmt: skip
-    return tensors, metadata
-
-
-def _plain(name: object) -> bool:
-    return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
-
-
-def _single_file(folder: Path) -> str:
-    if (folder / "model.safetensors").is_file():
-        return "model.safetensors"
-    found = [path.name for path in folder.glob("*.safetensors") if path.name not in (ROUTER_HEAD, OPTIMIZER)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise CheckpointError(folder, f"has {len(found)} safetensors files but no {INDEX}", "restore the index")
-    if any(next(folder.glob(pattern), None) for pattern in PICKLES):
-        raise CheckpointError(
-            folder, "has only pickled weights (.bin, .pt), which can run code when read",
-            "convert them to safetensors, for instance with save_pretrained(safe_serialization=True)",
-        )  # fmt: skip
-    raise CheckpointError(folder, "has no safetensors weights", "give the folder of a complete checkpoint")
 
 
 def check_experts(checkpoint: Checkpoint) -> None:
@@ -282,10 +246,10 @@ def check_experts(checkpoint: Checkpoint) -> None:
         role = checkpoint.role(name)
         if role.kind == "expert":
             suffixes.setdefault(role.layer, {}).setdefault(role.expert, set()).add(role.after)
-        elif role.kind == "fused" or (
-            role.kind == "router" and router_tail(checkpoint.family, name) in heads[role.layer]
-        ):
+        elif role.kind == "fused":
             check_rows(entry, role, checkpoint.experts_in(role.layer))
+        elif role.kind == "router" and router_tail(checkpoint.family, name) in heads[role.layer]:
+            check_rows(entry, role, checkpoint.router_rows_in(role.layer))
         elif role.kind == "other" and ".experts." in name:
             what = f"{name} is an expert's, but not where {checkpoint.family.model_type} keeps experts"
             raise UnsupportedError(entry.file, what, "convert the weights with transformers")
@@ -311,15 +275,22 @@ def check_experts(checkpoint: Checkpoint) -> None:
 def _check_shapes(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless the experts, and the routers, of all layers have the same shapes.
 
-    An engine may pad what is too small and answer with NaN, as vLLM does.
+    Experts that a plan made narrower are compared with those of the same width. An engine may pad what is too small and answer with NaN, as vLLM does.
     """
-    first: dict[str, TensorEntry] = {}
+    first: dict[tuple[str, int | None], TensorEntry] = {}
+    planned = checkpoint.plan.layers if checkpoint.plan else {}
     for name, entry in checkpoint.tensors.items():
         role = checkpoint.role(name)
         if role.kind == "other":
             continue
         what = f"expert{role.after}" if role.kind == "expert" else name.rpartition(f".{checkpoint.family.block}.")[2]
-        known = first.setdefault(what, entry)
+        width = planned[role.layer].width if role.layer in planned and role.kind == "expert" else None
+        if width is not None and width not in entry.shape:
+            raise CheckpointError(
+                entry.file, f"tensor {name} has shape {list(entry.shape)}, layer {role.layer} keeps {width} channels",
+                "restore its weights, or cut again",
+            )  # fmt: skip
+        known = first.setdefault((what, width), entry)
         size, wanted = (found.shape if role.kind == "expert" else found.shape[1:] for found in (entry, known))
         if size != wanted:
             raise CheckpointError(
@@ -371,9 +342,11 @@ def check_cut(checkpoint: Checkpoint) -> None:
 def _check_config(checkpoint: Checkpoint, plan: Plan) -> None:
     where = checkpoint.folder / "config.json"
     top_k = max(layer.top_k for layer in plan.layers.values())
+    width = max((layer.width or 0 for layer in plan.layers.values()), default=0)
     for what, said, planned in (
         ("experts", checkpoint.num_experts, max(plan.counts)),
         ("top_k", checkpoint.top_k, top_k),
+        ("channels", text_config(checkpoint.config).get(checkpoint.family.width_key) if width else 0, width),
     ):
         if said != planned:
             raise CheckpointError(where, f"says {said} {what}, {MANIFEST} says {planned}", "cut again")

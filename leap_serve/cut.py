@@ -1,7 +1,7 @@
 """Cut the planned experts out of a checkpoint, on files only: every retained expert is a list of byte ranges.
 
-Experts and router rows lie on dimension 0 in every family (architectures.py), so nothing is ever
-computed with, and what is retained stays bit-identical. τ is never baked into the weights: leap.json
+Experts and router rows lie on dimension 0 in every family (architectures.py), so nothing is computed with, and
+what is retained stays bit-identical; but for plans that change the weights themselves (remake.py). τ is never baked into the weights: leap.json
 records it and the plugin applies it at run time, once.
 """
 
@@ -26,7 +26,7 @@ from leap_serve.cut_rules import Retained, cut_pieces, fit, open_source, optimiz
 from leap_serve.errors import LeapError, UsageError
 from leap_serve.files import new_folder, read_json, write_bytes, write_json
 from leap_serve.plan import Plan
-from leap_serve.tensorfile import Piece, read_header, write_tensors
+from leap_serve.tensorfile import Made, Piece, read_header, write_tensors
 
 MAX_SHARD_BYTES = 5 * 10**9
 MAX_OTHER_BYTES = 256 * 2**20
@@ -91,8 +91,10 @@ def cut(
     source = open_source(model)
     given = plan
     plan, retained = fit(source, given)
+    if optimizer and not all(layer.is_masking or layer.skip is not None for layer in plan.layers.values()):
+        raise UsageError("--optimizer", "does not go with a plan that changes weights", "leave it out")
     config = cut_config(source, plan, retained)
-    shards = _sharded(cut_pieces(source, retained), max_shard_bytes)
+    shards = _sharded(cut_pieces(source, plan, retained), max_shard_bytes)
     moments = optimizer_pieces(source, optimizer, retained) if optimizer else []
     weights_bytes = sum(piece.nbytes for shard in shards for piece in shard)
     optimizer_bytes = sum(piece.nbytes for piece in moments)
@@ -153,9 +155,9 @@ def check_space(out: Path, needed: int) -> None:
         raise LeapError(out, what, "make room, or choose another --out")
 
 
-def _sharded(pieces: Sequence[Piece], limit: int) -> list[list[Piece]]:
+def _sharded(pieces: Sequence[Piece | Made], limit: int) -> list[list[Piece | Made]]:
     """Fill shards in order up to the limit."""
-    shards: list[list[Piece]] = [[]]
+    shards: list[list[Piece | Made]] = [[]]
     size = 0
     for piece in pieces:
         if shards[-1] and size + piece.nbytes > limit:
@@ -180,7 +182,11 @@ def _counter(progress: Callable[[int, int], None] | None, total: int) -> Callabl
 
 
 def _write_shards(
-    work: Path, source: Checkpoint, plan: Plan, shards: Sequence[Sequence[Piece]], step: Callable[[int], None] | None
+    work: Path,
+    source: Checkpoint,
+    plan: Plan,
+    shards: Sequence[Sequence[Piece | Made]],
+    step: Callable[[int], None] | None,
 ) -> None:
     """Write the shards and their index."""
     known = {key: value for found in source.metadata.values() for key, value in found.items()}

@@ -22,6 +22,7 @@ def cut_config(source: Checkpoint, plan: Plan, retained: Retained) -> dict[str, 
     from now on. An absolute capacity (tokens per expert) grows by E / |I|, as each expert's load does.
     """
     config = copy.deepcopy(dict(source.config))
+    widths = [layer.width for layer in plan.layers.values() if layer.width is not None]
     for part in (config, config.get("text_config")):
         if not isinstance(part, dict):
             continue
@@ -30,6 +31,8 @@ def cut_config(source: Checkpoint, plan: Plan, retained: Retained) -> dict[str, 
                 part[key] = max(plan.counts)
         if part.get(source.family.top_k_key) is not None:
             part[source.family.top_k_key] = max(layer.top_k for layer in plan.layers.values())
+        if widths and part.get(source.family.width_key) is not None:
+            part[source.family.width_key] = max(widths)
         for key in CAPACITY_KEYS:
             if type(part.get(key)) is int:
                 part[key] = -(-part[key] * source.num_experts // min(plan.counts))

@@ -10,7 +10,7 @@ from leap_serve.architectures import Role, role_of, text_config
 from leap_serve.checkpoint import Checkpoint, check_cut, check_experts, check_rows, is_shared_scale, router_tail
 from leap_serve.errors import CheckpointError, PlanError, UnsupportedError
 from leap_serve.plan import Plan
-from leap_serve.tensorfile import Piece, read_header
+from leap_serve.tensorfile import Made, Piece, read_header
 
 Retained = Mapping[int, Sequence[int]]
 """Layer, MTP layers included → retained ids in the source."""
@@ -34,6 +34,14 @@ def open_source(model: Path) -> Checkpoint:
 def fit(source: Checkpoint, plan: Plan) -> tuple[Plan, Retained]:
     """Check that a plan fits a model; return the plan with the model's own τ in it, and the ids per layer with MTP."""
     _check_plan(source, plan)
+    if source.plan is not None and any(
+        layer.skip is not None or layer.merge is not None or layer.channels for layer in source.plan.layers.values()
+    ):
+        raise UnsupportedError(
+            source.folder,
+            "skips, merges or narrows experts, which a second cut would lose",
+            "cut the full model instead",
+        )
     if source.plan is not None:
         before = source.plan.layers
         layers = {
@@ -128,18 +136,25 @@ def new_ids(retained: Retained) -> dict[int, dict[int, int]]:
     return {layer: {old: new for new, old in enumerate(ids)} for layer, ids in retained.items()}
 
 
-def cut_pieces(source: Checkpoint, retained: Retained) -> list[Piece]:
-    """Return every tensor of the cut, in the order of the source."""
+def cut_pieces(source: Checkpoint, plan: Plan, retained: Retained) -> list[Piece | Made]:
+    """Return every tensor of the cut, in the order of the source; raises where the plan's changes cannot be made."""
+    from leap_serve.remake import Remaker  # brings numpy, which looking at a checkpoint does without
+
     heads = source.head_tails()
     renamed = new_ids(retained)
-    pieces: list[Piece] = []
+    remaker = Remaker.of(source, plan)
+    mapped = {index for index, layer in plan.layers.items() if layer.maps_router}
+    pieces: list[Piece | Made] = []
     for name, entry in source.tensors.items():
         role = source.role(name)
         if role.kind == "expert":
             if role.expert in renamed[role.layer]:
-                pieces.append(Piece.whole(entry, role.renamed(renamed[role.layer][role.expert])))
-        elif (role.kind == "fused" and not is_shared_scale(entry)) or (
-            role.kind == "router" and router_tail(source.family, name) in heads[role.layer]
+                slot = renamed[role.layer][role.expert]
+                pieces.append(remaker.piece(name, entry, role, slot) or Piece.whole(entry, role.renamed(slot)))
+        elif role.kind == "fused" and not is_shared_scale(entry):
+            pieces.append(remaker.piece(name, entry, role) or Piece.sliced(entry, retained[role.layer]))
+        elif (
+            role.kind == "router" and role.layer not in mapped and router_tail(source.family, name) in heads[role.layer]
         ):
             pieces.append(Piece.sliced(entry, retained[role.layer]))
         else:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 from leap_serve.architectures import text_config
-from leap_serve.checkpoint import Checkpoint
+from leap_serve.checkpoint import Checkpoint, width_of
 from leap_serve.plan import Plan
 from leap_serve.tensorfile import TensorEntry
 
@@ -28,14 +28,21 @@ class Parameters:
     matmul: int
 
 
-def parameters(checkpoint: Checkpoint, plan: Plan | None = None) -> Parameters:
+def parameters(
+    checkpoint: Checkpoint, plan: Plan | None = None, active_experts: Mapping[int, float] | None = None
+) -> Parameters:
     """Count the parameters of a checkpoint as ``plan`` would leave it (None: as it stands).
 
     A token uses top_k of a layer's experts and all else but vision towers and MTP layers. Of the matrices
     multiplied, the embedding look-up is none; where it is tied, it counts as the output head. Packed
-    quantised weights count by their values; scales and zero points do not count.
+    quantised weights count by their values; scales and zero points do not count. A router map adds r × E products.
+    Truncated and zeroed matrices are dense, so they count in full.
+
+    ``active_experts``: of layers that skip experts, how many a token really uses, on average (LayerPlan.skip).
     """
     total, active, matmul = Fraction(0), Fraction(0), Fraction(0)
+    ruling = plan or checkpoint.plan
+    mapped = {layer for layer, planned in ruling.layers.items() if planned.maps_router} if ruling else set()
     tied = not any(name.endswith("lm_head.weight") for name in checkpoint.tensors)
     for name, entry in checkpoint.tensors.items():
         if _SIDE.search(name):
@@ -46,22 +53,35 @@ def parameters(checkpoint: Checkpoint, plan: Plan | None = None) -> Parameters:
         if role.kind != "other":
             held = checkpoint.experts_in(role.layer)
             kept, top_k = _kept(checkpoint, plan, role.layer)
-            size *= Fraction(kept, held)
-            used = size if role.kind == "router" else size * Fraction(top_k, kept)
+            if role.kind == "router":
+                # A router that maps its rows to the retained slots keeps them all, and each needs its product.
+                size *= 1 if role.layer in mapped else Fraction(kept, held)
+                used = size
+            else:
+                size *= Fraction(kept, held) * _narrowed(checkpoint, plan, role.layer)
+                used = size * Fraction((active_experts or {}).get(role.layer, top_k)) / kept
         total += size
         if role.layer < checkpoint.num_hidden_layers and not _OUTSIDE.search(name):
             active += used
             matmul += used if weight and (tied or not _EMBEDDING.search(name)) else 0
+    for planned in ruling.layers.values() if ruling else ():
+        if planned.merge is not None and planned.merge.router and planned.merge.applied == "probabilities":
+            of_map = len(planned.retained) * (ruling.num_experts if ruling else 0)
+            total, active, matmul = total + of_map, active + of_map, matmul + of_map
     return Parameters(round(total), round(active), round(matmul))
 
 
-def flops_per_token(checkpoint: Checkpoint, plan: Plan | None = None) -> int:
+def flops_per_token(
+    checkpoint: Checkpoint, plan: Plan | None = None, active_experts: Mapping[int, float] | None = None
+) -> int:
     """Return the theoretical FLOPs to process one token: 2 × the parameters multiplied (see :func:`parameters`).
 
     The products of queries with cached keys and values depend on the context length and are left out. With
-    top_k = min(k, |I|), pruning alone leaves this number (but for router rows) as it was: it falls with top_k.
+    top_k = min(k, |I|), pruning alone leaves this number (but for router rows) as it was: it falls with top_k and
+    with the experts' width. Dynamic skipping lowers it where ``active_experts`` says by how much: the choices that
+    are left out weigh nothing, whether a kernel spares itself their products or not.
     """
-    return 2 * parameters(checkpoint, plan).matmul
+    return 2 * parameters(checkpoint, plan, active_experts).matmul
 
 
 def _kept(checkpoint: Checkpoint, plan: Plan | None, layer: int) -> tuple[int, int]:
@@ -71,6 +91,13 @@ def _kept(checkpoint: Checkpoint, plan: Plan | None, layer: int) -> tuple[int, i
         return len(plan.layers[layer].retained), plan.layers[layer].top_k
     held = checkpoint.experts_in(layer)
     return held, min(held, checkpoint.top_k)
+
+
+def _narrowed(checkpoint: Checkpoint, plan: Plan | None, layer: int) -> Fraction:
+    """The share of the experts' channels that a plan keeps; 1 where the checkpoint has been cut by it already."""
+    if plan is None or layer not in plan.layers or plan.layers[layer].width is None:
+        return Fraction(1)
+    return Fraction(plan.layers[layer].width or 0, width_of(checkpoint))
 
 
 def _values_per_element(checkpoint: Checkpoint, entry: TensorEntry) -> int:

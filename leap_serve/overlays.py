@@ -96,6 +96,16 @@ def part_of(role: Role, name: str) -> Part | None:
     return None
 
 
+def part_of_expert(role: Role) -> Literal["gate", "up", "down"] | None:
+    """Which matrix a tensor of one expert is; None for all that is none."""
+    if role.kind != "expert" or not role.after.endswith(".weight"):
+        return None
+    found = PROJECTIONS.get(role.after.removeprefix(".").removesuffix(".weight"))
+    if found is None:
+        return None
+    return "down" if found[0] == "down_proj" else ("gate", "up")[found[1]]  # type: ignore[return-value]
+
+
 def check_overlays(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError or UnsupportedError unless router head and adapter fit the cut they lie beside.
 

@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from leap_serve import plan_extras
 from leap_serve.errors import LeapError, PlanError
 from leap_serve.files import read_json, write_json
+from leap_serve.plan_extras import Merge, Zeroed
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
+"""Version 2 is written where a layer has extras (plan_extras.py) or weights are zeroed, version 1 otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +32,41 @@ class BaseModel:
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """One MoE layer: original ids of the retained experts (strictly increasing), top_k and temperature τ."""
+    """One MoE layer: what it retains, how it routes, and what becomes of its experts' weights.
+
+    Args:
+        retained: original ids of the retained experts, strictly increasing; of merged experts one of each.
+        top_k: experts per token.
+        temperature: router temperature τ.
+        skip: β of dynamic skipping (NAEE): a chosen expert whose weight is below β times the token's highest is
+            left out, and the others are renormalised iff the model does; None: nothing is skipped.
+        channels: of each retained expert, the intermediate channels that stay; empty: all.
+        ranks: of each retained expert, the rank that its matrices are truncated to; empty: full.
+        merge: what the retained slots are made of; None: each is its own expert.
+    """
 
     retained: tuple[int, ...]
     top_k: int
     temperature: float = 1.0
+    skip: float | None = None
+    channels: tuple[tuple[int, ...], ...] = ()
+    ranks: tuple[int, ...] = ()
+    merge: Merge | None = None
+
+    @property
+    def width(self) -> int | None:
+        """Intermediate channels per expert that stay; None: all."""
+        return len(self.channels[0]) if self.channels else None
+
+    @property
+    def maps_router(self) -> bool:
+        """Whether the router keeps all its rows, and a map leads from them to the retained slots."""
+        return self.merge is not None and bool(self.merge.router)
+
+    @property
+    def is_masking(self) -> bool:
+        """Whether masking the full model's router gives the same answers as the cut."""
+        return self.skip is None and not self.channels and not self.ranks and self.merge is None
 
     def old_to_new(self) -> dict[int, int]:
         """Map an expert's original id to its id in the cut checkpoint."""
@@ -50,6 +83,7 @@ class Plan:
         layers: MoE layer index → LayerPlan, in increasing order of layers.
         scores: optional saliency per layer, E floats each; not part of the fingerprint.
         made_by: provenance; not part of the fingerprint.
+        zeroed: single weights that are set to zero, or None.
     """
 
     base: BaseModel
@@ -57,13 +91,14 @@ class Plan:
     layers: Mapping[int, LayerPlan]
     scores: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
     made_by: Mapping[str, Any] = field(default_factory=dict)
+    zeroed: Zeroed | None = None
 
     def __post_init__(self) -> None:
         self.check("plan")
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over what decides the routing: base weights, E, retained ids, top_k, τ."""
+        """SHA-256 over what decides the answers: base weights, E, retained ids, top_k, τ, and extras where there are any."""
         return _fingerprint(self)
 
     @property
@@ -73,11 +108,20 @@ class Plan:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether a stock engine can hold the cut: equal counts and top_k everywhere and every τ = 1."""
+        """Whether a stock engine can hold the cut: equal counts, top_k and widths everywhere, every τ = 1, no skipping.
+
+        Merged experts are never held by one: what merges, and where the router maps to it, is ours alone.
+        """
         return (
-            len({(len(layer.retained), layer.top_k) for layer in self.layers.values()}) == 1
+            len({(len(layer.retained), layer.top_k, layer.width) for layer in self.layers.values()}) == 1
             and all(layer.temperature == 1.0 for layer in self.layers.values())
+            and all(layer.skip is None and layer.merge is None for layer in self.layers.values())
         )  # fmt: skip
+
+    @property
+    def is_masking(self) -> bool:
+        """Whether masking the full model's routers gives the same answers as the cut."""
+        return self.zeroed is None and all(layer.is_masking for layer in self.layers.values())
 
     def check(self, where: object) -> None:
         """Raise PlanError on the first thing that cannot be right."""
@@ -103,6 +147,11 @@ class Plan:
                 raise PlanError(
                     where, f"layer {index} has temperature {layer.temperature}", "give a positive, finite temperature"
                 )
+            plan_extras.check(where, index, layer, self.num_experts)
+        if len({bool(layer.channels) for layer in self.layers.values()}) > 1:
+            raise PlanError(
+                where, "narrows the experts of some layers only", "narrow all, keeping every channel if need be"
+            )
         for index, scores in self.scores.items():
             if len(scores) != self.num_experts:
                 raise PlanError(
@@ -111,13 +160,17 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form; layer numbers become strings."""
+        extras: dict[str, Any] = plan_extras.to_json(self.layers)
+        if self.zeroed is not None:
+            extras["zeroed"] = self.zeroed.to_json()
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSIONS[bool(extras)],
             "base_model": {"id": self.base.id, "revision": self.base.revision, "sha256": self.base.sha256},
             "num_experts": self.num_experts,
             "retained": {str(index): list(layer.retained) for index, layer in self.layers.items()},
             "top_k": {str(index): layer.top_k for index, layer in self.layers.items()},
             "temperature": {str(index): layer.temperature for index, layer in self.layers.items()},
+            **extras,
             "scores": {str(index): list(scores) for index, scores in self.scores.items()},
             "fingerprint": self.fingerprint,
             "made_by": dict(self.made_by),
@@ -129,16 +182,20 @@ class Plan:
         if not isinstance(value, dict):
             raise PlanError(where, f"holds {type(value).__name__}, not an object", "make it again with leap search")
         version = value.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in FORMAT_VERSIONS:
             raise PlanError(
-                where, f"format_version is {version!r}, this leap-serve reads {FORMAT_VERSION}",
+                where, f"format_version is {version!r}, this leap-serve reads {' and '.join(map(str, FORMAT_VERSIONS))}",
                 "update leap-serve, or make the file again",
             )  # fmt: skip
         try:
             base = value["base_model"]
+            extras = value if version > 1 else {}
             layers = {
                 int(index): LayerPlan(
-                    tuple(int(i) for i in ids), int(value["top_k"][index]), float(value["temperature"][index])
+                    tuple(int(i) for i in ids),
+                    int(value["top_k"][index]),
+                    float(value["temperature"][index]),
+                    **plan_extras.from_json(extras, index),
                 )
                 for index, ids in sorted(value["retained"].items(), key=lambda pair: int(pair[0]))
             }
@@ -148,6 +205,7 @@ class Plan:
                 layers=layers,
                 scores={int(i): tuple(map(float, s)) for i, s in value.get("scores", {}).items()},
                 made_by=value.get("made_by", {}),
+                zeroed=plan_extras.zeroed_of(extras.get("zeroed")),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(where, f"is incomplete or ill-formed ({error!r})", "make it again") from None
@@ -172,11 +230,16 @@ class Plan:
 
 
 def _fingerprint(plan: Plan) -> str:
-    essence = [
+    essence: list[Any] = [
         plan.base.sha256,
         plan.num_experts,
-        [[index, list(layer.retained), layer.top_k, float(layer.temperature)] for index, layer in plan.layers.items()],
+        [
+            [index, list(layer.retained), layer.top_k, float(layer.temperature), *plan_extras.essence(layer)]
+            for index, layer in plan.layers.items()
+        ],
     ]
+    if plan.zeroed is not None:
+        essence.append(plan.zeroed.essence)
     return hashlib.sha256(json.dumps(essence, separators=(",", ":")).encode()).hexdigest()
 
 

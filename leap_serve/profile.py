@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from leap_serve.checkpoint import Checkpoint
     from leap_serve.tasks.base import Item
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
+"""Version 2 is written where there are channel sums, version 1 otherwise."""
 Array = npt.NDArray[np.float64]
 
 
@@ -46,6 +47,8 @@ class LayerProfile:
         coact: [E, E], how often two experts were chosen together; the diagonal is n.
         easy: Σ ‖c‖·max(1 − cos(h, h + r), 0) (EASY-EP), h the residual stream before the block, r the
             routed experts' output; None where the engine could not see h.
+        x2: [E, H], Σ (g·x)² over the tokens that chose the expert; None unless channel sums were asked for.
+        mid2: [E, I], the same of the intermediate act(W_gate x)·(W_up x), the input of the down projection.
     """
 
     n: Array
@@ -56,6 +59,8 @@ class LayerProfile:
     max: Array
     coact: Array
     easy: Array | None = None
+    x2: Array | None = None
+    mid2: Array | None = None
 
     def arrays(self) -> dict[str, Array]:
         """Return the statistics that are present, by name."""
@@ -63,7 +68,9 @@ class LayerProfile:
         return {name: value for name, value in named.items() if value is not None}
 
 
-STATISTICS = tuple(f.name for f in fields(LayerProfile))
+CHANNEL_SUMS = ("x2", "mid2")
+STATISTICS = tuple(f.name for f in fields(LayerProfile) if f.name not in CHANNEL_SUMS)
+"""Statistics that every profile has, but for ``easy`` where the residual stream was out of sight."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,7 +110,8 @@ class Profile:
             raise CheckpointError(where, f"has layers {list(self.layers)}, top_k for {list(self.top_k)}", again)
         for index, layer in self.layers.items():
             for name, value in layer.arrays().items():
-                shape = (self.num_experts,) * (2 if name == "coact" else 1)
+                wide = value.shape[-1] if name in CHANNEL_SUMS else self.num_experts
+                shape = (self.num_experts, wide) if name in (*CHANNEL_SUMS, "coact") else (wide,)
                 if value.shape != shape or value.dtype != np.float64:
                     raise CheckpointError(
                         where, f"layers.{index}.{name} is {value.dtype} {value.shape}, not float64 {shape}", again
@@ -132,8 +140,9 @@ class Profile:
         write_json(folder / "profile.json", self._header(sha256_of(folder / "profile.safetensors")))
 
     def _header(self, tensors_sha256: str) -> dict[str, Any]:
+        wide = any(layer.x2 is not None or layer.mid2 is not None for layer in self.layers.values())
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSIONS[wide],
             "base_model": {"id": self.base.id, "revision": self.base.revision, "sha256": self.base.sha256},
             "num_experts": self.num_experts,
             "top_k": {str(index): k for index, k in self.top_k.items()},
@@ -153,10 +162,10 @@ class Profile:
         """Read and check a profile folder; CheckpointError where it is damaged or its two files do not match."""
         header, tensors = folder / "profile.json", folder / "profile.safetensors"
         value = read_json(header)
-        if not isinstance(value, dict) or value.get("format_version") != FORMAT_VERSION:
+        if not isinstance(value, dict) or value.get("format_version") not in FORMAT_VERSIONS:
             stated = value.get("format_version") if isinstance(value, dict) else type(value).__name__
             raise CheckpointError(
-                header, f"format_version is {stated!r}, this leap-serve reads {FORMAT_VERSION}",
+                header, f"format_version is {stated!r}, this leap-serve reads {' and '.join(map(str, FORMAT_VERSIONS))}",
                 "update leap-serve, or make the profile again",
             )  # fmt: skip
         if not tensors.is_file():
@@ -207,8 +216,12 @@ def groups_of(checkpoint: Checkpoint) -> tuple[int, int]:
     return (int(config.get(keys[0]) or 1), int(config.get(keys[1]) or 1)) if keys else (1, 1)
 
 
-def check_request(checkpoint: Checkpoint, items: Sequence[Item]) -> None:
+def check_request(checkpoint: Checkpoint, items: Sequence[Item], channels: bool = False) -> None:
     """Raise LeapError, before any work, where a profile cannot be made."""
+    if channels:
+        from leap_serve.channel_sums import check_channels
+
+        check_channels(checkpoint)
     if checkpoint.plan is not None and len(set(checkpoint.plan.counts)) > 1:
         raise UnsupportedError(
             checkpoint.folder, "its layers hold different numbers of experts", "profile the full model"
@@ -251,6 +264,7 @@ def from_worker(
     for index, statistics in collected.items():
         arrays = {name: np.frombuffer(content, dtype="<f8").astype(np.float64) for name, content in statistics.items()}
         num_experts = arrays["n"].size
-        arrays["coact"] = arrays["coact"].reshape(num_experts, num_experts)
+        for name in {"coact", *CHANNEL_SUMS} & set(arrays):
+            arrays[name] = arrays[name].reshape(num_experts, -1)
         layers[index] = LayerProfile(**arrays)
     return assemble(layers, checkpoint, items, engine, dtype)

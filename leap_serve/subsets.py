@@ -36,6 +36,11 @@ def check_plans(checkpoint: Checkpoint, identity: BaseModel, plans: Sequence[Pla
                 where, f"plans {plan.num_experts} experts in layers {list(plan.layers)}, the model has "
                 f"{experts} in {layers}", "search again on this model",
             )  # fmt: skip
+        if not plan.is_masking:
+            raise UnsupportedError(
+                where, "skips experts or changes their weights, which a running engine's routers cannot do",
+                "cut the model to it, and open that",
+            )  # fmt: skip
         for index, layer in plan.layers.items():
             if layer.top_k > top_k:
                 raise PlanError(

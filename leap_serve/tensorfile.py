@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -176,12 +176,35 @@ class Piece:
         return cls(entry.name, entry.dtype, (len(ids), *entry.shape[1:]), entry.file, tuple(entry.rows(ids)))
 
 
-def write_tensors(
-    path: Path, pieces: Sequence[Piece], metadata: Mapping[str, str], on_bytes: Callable[[int], None] | None = None
-) -> None:
-    """Write a safetensors file: the header first, since all sizes are known, then the byte ranges; fsync at the end.
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A tensor to be written whose content is computed: ``make`` yields its bytes in order, a part at a time."""
 
-    Memory stays below one 16 MiB buffer. ``on_bytes`` is called with the number of bytes as they are written.
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    make: Callable[[], Iterator[bytes]]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.elements * DTYPE_BITS[self.dtype] // 8
+
+    @property
+    def elements(self) -> int:
+        """Number of stored elements."""
+        return prod(self.shape)
+
+
+def write_tensors(
+    path: Path,
+    pieces: Sequence[Piece | Made],
+    metadata: Mapping[str, str],
+    on_bytes: Callable[[int], None] | None = None,
+) -> None:
+    """Write a safetensors file: the header first, since all sizes are known, then the tensors; fsync at the end.
+
+    Copying needs no more memory than one 16 MiB buffer, what is computed a part at a time. ``on_bytes`` is called with the number of bytes as they are written.
     """
     # Readers view the data in place, so wide dtypes go first: every tensor then starts on a multiple of its width.
     ordered = sorted(pieces, key=lambda piece: -DTYPE_BITS[piece.dtype])
@@ -198,11 +221,27 @@ def write_tensors(
         out.flush()
         sources: dict[Path, int] = {}
         for piece in ordered:
+            if isinstance(piece, Made):
+                _write_made(out.fileno(), piece, on_bytes)
+                continue
             if piece.file not in sources:
                 sources[piece.file] = stack.enter_context(piece.file.open("rb")).fileno()
             for begin, end in piece.ranges:
                 _copy_range(sources[piece.file], out.fileno(), begin, end, piece.file, on_bytes)
         os.fsync(out.fileno())
+
+
+def _write_made(target: int, piece: Made, on_bytes: Callable[[int], None] | None) -> None:
+    """Append a computed tensor to a file."""
+    written = 0
+    for part in piece.make():
+        view = memoryview(part)
+        while view:
+            done = os.write(target, view)
+            view, written = view[done:], written + done
+        if on_bytes:
+            on_bytes(len(part))
+    assert written == piece.nbytes, f"{piece.name}: {written} bytes were made, {piece.nbytes} were announced"
 
 
 def _copy_range(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from leap_serve.architectures import Family
+from leap_serve.channel_sums import ChannelSums
+from leap_serve.checkpoint import Checkpoint
 from leap_serve.errors import UnsupportedError
 from leap_serve.profile import Array, LayerProfile
 
@@ -17,7 +20,7 @@ from leap_serve.profile import Array, LayerProfile
 class TorchRecorder:
     """Statistics of one MoE layer, token by token in float64, straight from their definitions."""
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self, num_experts: int, channels: ChannelSums | None = None) -> None:
         def zeros() -> Array:
             return np.zeros(num_experts)
 
@@ -26,6 +29,14 @@ class TorchRecorder:
             coact=np.zeros((num_experts, num_experts)),
         )  # fmt: skip
         self.residual: torch.Tensor | None = None
+        self.channels = channels
+
+    def read(self) -> LayerProfile:
+        """Return the statistics, with channel sums where they were asked for."""
+        if self.channels is None:
+            return self.statistics
+        x2, mid2 = (sums.cpu().numpy() for sums in (self.channels.x2, self.channels.mid2))
+        return replace(self.statistics, x2=x2, mid2=mid2)
 
     def keep_residual(self, _norm: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         """Before the norm in front of the block: its input is the residual stream h."""
@@ -39,6 +50,8 @@ class TorchRecorder:
         out = type(experts).forward(
             experts, x.repeat_interleave(ids.shape[1], 0), one, torch.ones_like(one, dtype=x.dtype)
         )
+        if self.channels is not None:
+            self.channels.add(x, g, ids)
         f = out.view(*ids.shape, -1)
         self.add(ids, g, f, f.double() * g.double()[..., None])
 
@@ -75,8 +88,13 @@ class TorchRecorder:
 
 
 @contextmanager
-def observe(model: torch.nn.Module, family: Family) -> Iterator[dict[int, TorchRecorder]]:
-    """Hook every MoE layer of a transformers model; yields {layer: recorder} and takes the hooks off at the end."""
+def observe(
+    model: torch.nn.Module, family: Family, channels_of: Checkpoint | None = None
+) -> Iterator[dict[int, TorchRecorder]]:
+    """Hook every MoE layer of a transformers model; yields {layer: recorder} and takes the hooks off at the end.
+
+    With ``channels_of``, the checkpoint that the model was loaded from, channel sums are collected as well.
+    """
     modules = dict(model.named_modules())
     recorders: dict[int, TorchRecorder] = {}
     handles: list[Any] = []
@@ -86,14 +104,17 @@ def observe(model: torch.nn.Module, family: Family) -> Iterator[dict[int, TorchR
             if last != "experts":
                 continue
             decoder = head.rpartition(".")[0]
-            recorder = TorchRecorder(int(experts.num_experts))
+            index = int(decoder.rpartition(".")[2])
+            device = next(experts.parameters()).device
+            channels = None if channels_of is None else ChannelSums(channels_of, index, device)
+            recorder = TorchRecorder(int(experts.num_experts), channels)
             norm = modules[f"{decoder}.post_attention_layernorm"]
             handles.append(norm.register_forward_pre_hook(recorder.keep_residual))
             if family.weight_on_input:
                 handles.append(modules[head].register_forward_pre_hook(recorder.see_block))
             else:
                 handles.append(experts.register_forward_pre_hook(recorder.see_experts))
-            recorders[int(decoder.rpartition(".")[2])] = recorder
+            recorders[index] = recorder
         if not recorders:
             raise UnsupportedError(type(model).__name__, "has no MoE layer that can be observed", "profile a MoE model")
         yield recorders

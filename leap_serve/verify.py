@@ -6,11 +6,14 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from leap_serve.checkpoint import Checkpoint, check_cut, check_experts, is_shared_scale, router_tail
 from leap_serve.errors import CheckpointError
-from leap_serve.tensorfile import CHUNK_BYTES, TensorEntry
+from leap_serve.tensorfile import CHUNK_BYTES, Made, Piece, TensorEntry
+
+if TYPE_CHECKING:
+    from leap_serve.remake import Remaker
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,7 @@ class VerifyReport:
         fingerprint: found equal in all parts.
         untouched, renumbered, sliced: tensors compared with the base: copied whole; of a retained
             expert, under its new id; rows of fused experts and routers.
+        remade: tensors that the plan changes (merged, narrowed, truncated, zeroed), computed anew and compared.
         bytes_compared: their bytes.
         overlays: what tuning laid beside the weights; checked against the plan, and no part of the base.
         sha256: digest over the digests of all tensors of the cut, in the order of names.
@@ -35,6 +39,7 @@ class VerifyReport:
     untouched: int = 0
     renumbered: int = 0
     sliced: int = 0
+    remade: int = 0
     bytes_compared: int = 0
     sha256: str | None = None
 
@@ -47,8 +52,10 @@ def verify(folder: Path, base: Path | None = None, progress: Callable[[int, int]
     """Check a cut against its manifest and, with ``base``, every byte against the model it came from.
 
     The way back from the cut's tensors to the base's is worked out here, from leap.json and the names,
-    not by the code that cut. Raises CheckpointError naming the first part that is not what it should be.
+    not by the code that cut; only what a plan changes in the weights is computed by the same arithmetic. Raises CheckpointError naming the first part that is not what it should be.
     """
+    from leap_serve.remake import Remaker
+
     checkpoint = Checkpoint.open(folder)
     check_cut(checkpoint)
     plan = checkpoint.plan
@@ -63,13 +70,18 @@ def verify(folder: Path, base: Path | None = None, progress: Callable[[int, int]
     check_experts(source)
     if source.identity().sha256 != plan.base.sha256:
         raise CheckpointError(base, f"is not the model that {folder} was cut from ({plan.base.id})", "give that model")
-    counts = {"untouched": 0, "renumbered": 0, "sliced": 0}
-    heads = source.head_tails()
+    counts = {"untouched": 0, "renumbered": 0, "sliced": 0, "remade": 0}
+    heads, remaker = source.head_tails(), Remaker.of(source, plan)
     digest, seen, done = hashlib.sha256(), set(), 0
     for name, entry in sorted(checkpoint.tensors.items()):
         kind, original, ranges = _origin(checkpoint, source, heads, name)
-        mine, theirs = _sha256(entry, [(entry.begin, entry.end)]), _sha256(original, ranges)
-        if entry.dtype != original.dtype or mine != theirs:
+        mine, remade = _sha256(entry, [(entry.begin, entry.end)]), _remade(checkpoint, remaker, original, name)
+        if isinstance(remade, Made):
+            same = _is_made(remade, entry, exact=not plan.layers[source.role(name).layer].ranks)
+        else:
+            same = mine == _sha256(original, ranges if remade is None else remade.ranges)
+        kind = kind if remade is None else "remade"
+        if entry.dtype != original.dtype or not same:
             raise CheckpointError(
                 entry.file, f"tensor {name} differs from {original.name} of {source.folder.name}", "cut again"
             )
@@ -104,10 +116,40 @@ def _origin(
     entry = source.tensors.get(origin)
     if entry is None:
         raise CheckpointError(checkpoint.folder, f"tensor {name} has no origin {origin} in the base", "cut again")
-    head = role.kind == "router" and router_tail(source.family, name) in heads[role.layer]
+    planned = checkpoint.plan.layers.get(role.layer) if checkpoint.plan else None
+    mapped = planned is not None and planned.maps_router
+    head = role.kind == "router" and not mapped and router_tail(source.family, name) in heads[role.layer]
     if head or (role.kind == "fused" and not is_shared_scale(entry)):
         return "sliced", entry, entry.rows(_retained(checkpoint, role.layer))
     return "renumbered" if role.kind == "expert" else "untouched", entry, [(entry.begin, entry.end)]
+
+
+def _remade(checkpoint: Checkpoint, remaker: Remaker, original: TensorEntry, name: str) -> Piece | Made | None:
+    """Return what the plan makes of a tensor; None where it leaves the content alone."""
+    if remaker.source.role(name).kind == "fused" and is_shared_scale(original):
+        return None
+    return remaker.piece(original.name, original, remaker.source.role(original.name), checkpoint.role(name).expert)
+
+
+def _is_made(made: Made, entry: TensorEntry, exact: bool) -> bool:
+    """Whether a tensor is what is computed anew.
+
+    Sums and selections are the same everywhere; a singular value decomposition may differ in its last bits from one
+    linear-algebra library to the next, so it is held to one rounding step of the tensor's largest value.
+    """
+    import numpy as np
+
+    from leap_serve.remake import DTYPES, values
+
+    if made.shape != entry.shape:
+        return False
+    content = b"".join(made.make())
+    if exact:
+        return hashlib.sha256(content).digest() == _sha256(entry, [(entry.begin, entry.end)])
+    raw = np.frombuffer(content, DTYPES[entry.dtype]).reshape(entry.shape)
+    again = (raw.astype("<u4") << 16).view("<f4") if entry.dtype == "BF16" else raw.astype("<f4")
+    step = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-20}[entry.dtype]
+    return bool(np.abs(values(entry) - again).max() <= step * np.abs(again).max())
 
 
 def _dropped(checkpoint: Checkpoint, source: Checkpoint, name: str) -> bool:

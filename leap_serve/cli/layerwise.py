@@ -1,4 +1,4 @@
-"""Searches that run the MoE layers themselves, without a serving engine: NAEE and LExI (methods.md §2, §3)."""
+"""Searches that run the MoE layers themselves, without a serving engine: NAEE, MoE-I² and LExI (methods.md §2, §3)."""
 
 from __future__ import annotations
 
@@ -33,10 +33,13 @@ Found = dict[str, tuple[Plan, dict[str, Any]]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that only these methods have."""
     group = parser.add_argument_group(
-        "layer by layer", "naee: --items of --task's training split; --state resumes. lexi: sizes are of active experts"
+        "layer by layer",
+        "naee, moe-i2: --items of --task's training split; --state resumes. lexi: sizes are of active experts",
     )
     group.add_argument("--draws", type=int, default=16, help="lexi: draws of noise per layer (N_iter, default 16)")
     group.add_argument("--solver", default="exact", choices=("exact", "evolution"), help="lexi: exact, or the paper's")
+    group.add_argument("--skip", action="store_true", help="naee: skip a token's weak experts when the plan is served")
+    group.add_argument("--rank", type=int, help="moe-i2: truncate the kept experts' matrices to this rank on average")
     group.add_argument("--on", type=Path, metavar="PLAN", help="lexi: choose among this plan's experts only")
 
 
@@ -54,7 +57,8 @@ def layerwise(args: argparse.Namespace, source: Profile | Checkpoint, sizes: Siz
     with ExitStack() as stack:
         home = args.state or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         job = _Job(args, checkpoint, routing, home)
-        return job.lexi(sizes) if args.method == "lexi" else job.naee(sizes)
+        run = {"lexi": job.lexi, "moe-i2": job.moe_i2, "hc-smoe": job.hc_smoe}.get(args.method, job.naee)
+        return run(sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +73,14 @@ class _Job:
     def naee(self, sizes: Sizes) -> Found:
         """NAEE, layer-wise or progressive."""
         from leap_training.methods.blocks import LayerResults
-        from leap_training.methods.naee import naee
+        from leap_training.methods.naee import check_skip, naee
         from leap_training.pruning_space import PruningSpace
 
         args = self.args
         shared = {"allocation": args.allocation, "top_k": args.top_k, "temperature": args.temperature}
         spaces = {label: PruningSpace.of(self.routing, **size, **shared) for label, size in sizes.items()}
+        for space in spaces.values() if args.skip else ():
+            check_skip(space)
         items = load_task(args.task).items("train", args.items, args.seed)
         found: Found = {}
         model = self._model()
@@ -88,11 +94,52 @@ class _Job:
             with progress_bar(f"{args.method} {label}") as bar:
                 plan = naee(
                     model, ids, space, folder / "inputs", results, args.method == "naee-progressive", bar,
-                    allocation=args.allocation, task=args.task, items=len(items), tokens=sum(map(len, ids)),
+                    skip=args.skip, allocation=args.allocation, task=args.task, items=len(items), tokens=sum(map(len, ids)),
                     seed=args.seed, data_sha256=items_sha256(items), dtype=model.dtype,
                 )  # fmt: skip
             keys = ("exact", "reconstruction", "dynamic_skipping")
-            found[label] = plan, {key: plan.made_by[key] for key in keys}
+            found[label] = plan, {key: plan.made_by[key] for key in keys} | self._skipping(plan)
+        return found
+
+    def _skipping(self, plan: Plan) -> dict[str, Any]:
+        """FLOPs per token, and with skipping what they are on average on the calibration items."""
+        figures = {
+            "flops_per_token": flops_per_token(self.checkpoint, plan),
+            "full_flops_per_token": flops_per_token(self.checkpoint),
+        }
+        if any(layer.skip is not None for layer in plan.layers.values()):
+            active = {int(index): n for index, n in plan.made_by["dynamic_skipping"]["active_experts"].items()}
+            figures["mean_flops_per_token"] = flops_per_token(self.checkpoint, plan, active)
+        return figures
+
+    def moe_i2(self, sizes: Sizes) -> Found:
+        """MoE-I²: counts from importance, a genetic search per layer, and real blocks."""
+        from leap_training.methods.blocks import LayerResults
+        from leap_training.methods.moe_i2 import MoeI2Config, moe_i2
+        from leap_training.pruning_space import PruningSpace
+
+        args = self.args
+        config = MoeI2Config(rank=args.rank, seed=args.seed)
+        config.check()
+        shared = {"allocation": "global", "top_k": args.top_k, "temperature": args.temperature}
+        spaces = {label: PruningSpace.of(self.routing, **size, **shared) for label, size in sizes.items()}
+        items = load_task(args.task).items("train", args.items, args.seed)
+        model = self._model()
+        ids = model.encode(items)
+        found: Found = {}
+        for label, space in spaces.items():
+            identity = self._identity(model) | {
+                "data": items_sha256(items), "budget": space.budget, "top_k": list(space.top_k),
+                "τ": space.temperature, "seed": args.seed,
+            }  # fmt: skip
+            folder = self.home if len(spaces) == 1 else self.home / label
+            results = LayerResults(folder / "layers.json", identity)
+            with progress_bar(f"moe-i2 {label}") as bar:
+                plan = moe_i2(
+                    model, ids, space, self.home / "inputs", results, config, bar, task=args.task, items=len(items),
+                    tokens=sum(map(len, ids)), seed=args.seed, data_sha256=items_sha256(items), dtype=model.dtype,
+                )  # fmt: skip
+            found[label] = plan, {key: plan.made_by[key] for key in ("pruned", "layer_importance", "reconstruction")}
         return found
 
     def lexi(self, sizes: Sizes) -> Found:
@@ -120,6 +167,33 @@ class _Job:
                 "flops_per_token": flops_per_token(self.checkpoint, plan),
                 "full_flops_per_token": flops_per_token(self.checkpoint),
             }  # fmt: skip
+        return found
+
+    def hc_smoe(self, sizes: Sizes) -> Found:
+        """HC-SMoE: clusters of experts, merged."""
+        from leap_training.methods.blocks import LayerResults
+        from leap_training.methods.hc_smoe import hc_smoe
+        from leap_training.pruning_space import PruningSpace
+
+        args = self.args
+        shared = {"allocation": args.allocation, "top_k": args.top_k, "temperature": args.temperature}
+        spaces = {label: PruningSpace.of(self.routing, **size, **shared) for label, size in sizes.items()}
+        if args.allocation != "uniform":
+            raise UsageError("--allocation", "hc-smoe merges into equally many experts in every layer", "leave it out")
+        items = load_task(args.task).items("train", args.items, args.seed)
+        model = self._model()
+        ids = model.encode(items)
+        found: Found = {}
+        for label, space in spaces.items():
+            identity = self._identity(model) | {"data": items_sha256(items), "experts": space.cap}
+            folder = self.home if len(spaces) == 1 else self.home / label
+            results = LayerResults(folder / "layers.json", identity)
+            with progress_bar(f"hc-smoe {label}") as bar:
+                plan = hc_smoe(
+                    model, ids, space, self.home / "inputs", results, bar, task=args.task, items=len(items),
+                    tokens=sum(map(len, ids)), seed=args.seed, data_sha256=items_sha256(items), dtype=model.dtype,
+                )  # fmt: skip
+            found[label] = plan, {"clusters": plan.made_by["clusters"]} | self._skipping(plan)
         return found
 
     def _base(self) -> Plan:
@@ -154,6 +228,9 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--on", f"means nothing to {args.method}", "leave it out")
     if not lexi and args.task is None:
         raise UsageError(where, "needs --task", f"choose one of {', '.join(TASKS)}")
+    for flag, owners in (("skip", ("naee", "naee-progressive")), ("rank", ("moe-i2",))):
+        if getattr(args, flag) and args.method not in owners:
+            raise UsageError(f"--{flag}", f"means nothing to {args.method}", "leave it out")
     if args.items < 1:
         raise UsageError("--items", f"is {args.items}", "give 1 or more")
     for flag in ("warm", "save_policy", "stop", "lookahead", "measure", "tensorboard"):

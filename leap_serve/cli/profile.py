@@ -28,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the generated items")
     parser.add_argument("--engine", default="vllm", choices=("vllm", "torch"), help="torch is the slow reference")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument(
+        "--channels", action="store_true", help="also sum what goes into every channel (for moe-pruner and intra)"
+    )
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the profile")
     parser.add_argument("--force", action="store_true", help="replace --out if it is not empty")
 
@@ -74,6 +77,6 @@ def _profile(args: argparse.Namespace, items: list[Item]) -> Profile:
     engine = open_engine(args.engine, args.model, args.dtype)
     try:
         with progress_bar("profile") as progress:
-            return engine.profile(items, progress)
+            return engine.profile(items, progress, channels=args.channels)
     finally:
         engine.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_serve.checkpoint import Checkpoint, resolve_model
-from leap_serve.cli import layerwise
+from leap_serve.cli import channelwise, layerwise
 from leap_serve.cli.console import say, table
 from leap_serve.errors import UsageError
 from leap_serve.files import new_folder, write_json
@@ -28,14 +28,14 @@ GRID = (0.5, 0.707, 1.0, 1.414, 2.0)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     from leap_training.controls import SEARCHES
-    from leap_training.methods.registry import LAYERWISE
+    from leap_training.methods.registry import CHANNELWISE, LAYERWISE
 
     searched = ("leap", *SEARCHES)
     parser.add_argument(
         "source", help=f"a profile folder; for magnitude, random, {', '.join(LAYERWISE)} also the model itself"
     )
     parser.add_argument(
-        "--method", required=True, choices=(*ONE_SHOT, *LAYERWISE, *searched), help="see leap methods"
+        "--method", required=True, choices=(*ONE_SHOT, *CHANNELWISE, *LAYERWISE, *searched), help="see leap methods"
     )  # fmt: skip
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--budget", type=float, nargs="+", help="fraction of the routed experts to keep, e.g. 0.125")
@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of whatever is drawn")
     _add_searching(parser, searched)
     layerwise.add_arguments(parser)
+    channelwise.add_arguments(parser)
     parser.add_argument(
         "-o", "--out", type=Path, required=True,
         help="the plan to write, e.g. plan.json; with several budgets a folder of plan-BUDGET.json and pareto.json",
@@ -114,7 +115,7 @@ def workload(text: str) -> Workload:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Choose, write the plans and show them."""
-    from leap_training.methods.registry import LAYERWISE
+    from leap_training.methods.registry import CHANNELWISE, LAYERWISE
 
     sizes = _sizes(args)
     _check_out(args, len(sizes))
@@ -124,6 +125,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         plans = {label: (_one_shot(args, source, size), {}) for label, size in sizes.items()}
     elif args.method in LAYERWISE:
         plans = layerwise.layerwise(args, source, sizes)
+    elif args.method in CHANNELWISE:
+        plans = channelwise.channelwise(args, source, sizes)
     else:
         from leap_serve.cli.searching import Search
 
@@ -149,8 +152,13 @@ def _single(args: argparse.Namespace, plan: Plan, figures: Mapping[str, Any]) ->
             f"loss {figures['prior_loss']:.4f} → {figures['loss']:.4f}"
         )
     if "deviation" in figures:
-        say(f"{figures['active_experts']} active experts over all layers, deviation {figures['deviation']:.4f}; FLOPs per "
-            f"token {figures['flops_per_token']:,}, of the full model {figures['full_flops_per_token']:,}")  # fmt: skip
+        say(f"{figures['active_experts']} active experts over all layers, deviation {figures['deviation']:.4f}")
+    if "parameters" in figures:
+        say(f"{figures['parameters']:,} parameters, of the full model {figures['full_parameters']:,}")
+    if "flops_per_token" in figures:
+        skipping = f", with skipping {figures['mean_flops_per_token']:,}" if "mean_flops_per_token" in figures else ""
+        say(f"FLOPs per token {figures['flops_per_token']:,}{skipping}, of the full model "
+            f"{figures['full_flops_per_token']:,}")  # fmt: skip
     if ahead := figures.get("lookahead"):
         say(
             f"{ahead['evaluations']} plans tuned for {ahead['steps']} steps: the best one's loss on other items "

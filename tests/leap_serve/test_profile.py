@@ -58,7 +58,7 @@ def test_a_folder_is_replaced_only_by_force(tmp_path: Path) -> None:
 
 
 HEADER_DAMAGE: dict[str, tuple[Edit, str]] = {
-    "version": (lambda h: h.update(format_version=2), "format_version is 2"),
+    "version": (lambda h: h.update(format_version=3), "format_version is 3"),
     "another model's tensors": (lambda h: h.update(tensors_sha256="0" * 64), "is not the file"),
     "no base": (lambda h: h.pop("base_model"), "ill-formed"),
     "text for a number": (lambda h: h.update(tokens="many"), "ill-formed"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,49 +10,22 @@ from typing import Any
 import pytest
 import torch
 
-from leap_serve.checkpoint import Checkpoint
+from cut_blocks import ITEMS, cut_block, open_model, output_of
 from leap_serve.cli import main
 from leap_serve.plan import LayerPlan, Plan
-from leap_serve.tasks.base import Item
 from leap_serve.torch_subsets import masked_routers
 from leap_training.methods import naee as module
 from leap_training.methods.blocks import BlockModel, LayerResults
 from leap_training.methods.naee import LayerData, naee
 from leap_training.pruning_space import PruningSpace
 from leap_training.saliency import Routing
-from tiny_tokenizer import talking_copy
 
-ITEMS = [Item(str(n), f"What is {n} and {n * n % 7}?", f" It is {n * 31 % 97}.") for n in range(3)]
 FAMILIES = ["qwen3_moe", "olmoe", "gpt_oss", "glm4_moe", "llama4_text"]
 E = 8
 
 
-def open_model(get: Callable[[str], Path], family: str, tmp_path: Path) -> BlockModel:
-    return BlockModel(Checkpoint.open(talking_copy(get(family), tmp_path / family)))
-
-
 def space_of(model: BlockModel, experts: int, **more: Any) -> PruningSpace:
     return PruningSpace.of(Routing.of(model.checkpoint), experts=experts, **more)
-
-
-def cut_block(model: BlockModel, layer: int, ids: Sequence[int]) -> Any:
-    """The block with every row per expert sliced, as a cut has it: routing and experts are transformers' own."""
-    block = copy.deepcopy(model.layers[layer].block)
-    router, rows = getattr(block, model.family.router), list(ids)
-    for part in (router, block.experts):
-        for tensor in [*part.parameters(), *part.buffers()]:
-            tensor.data = tensor.data[rows].contiguous()
-    for part in (router, block.experts, block):
-        for name in ("num_experts", "n_routed_experts", "out_features"):
-            if hasattr(part, name):
-                setattr(part, name, len(rows))
-    return block
-
-
-def output_of(block: Any, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        y = block(x[None])
-    return (y[0] if isinstance(y, tuple) else y).reshape(x.shape).double()
 
 
 def loss_of(model: BlockModel, layer: int, inputs: list[torch.Tensor], ids: Sequence[int]) -> float:
@@ -152,10 +124,10 @@ def test_what_cannot_be_searched_is_refused(
 def test_every_method_of_search_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     from leap_serve.cli.search import ONE_SHOT
     from leap_training.controls import SEARCHES
-    from leap_training.methods.registry import LAYERWISE, METHODS
+    from leap_training.methods.registry import CHANNELWISE, LAYERWISE, METHODS
 
     assert main(["methods"]) == 0
     shown = capsys.readouterr().out
     names = [one.name for one in METHODS]
-    assert sorted(names) == sorted([*ONE_SHOT, *SEARCHES, *LAYERWISE, "leap"])
+    assert sorted(names) == sorted([*ONE_SHOT, *CHANNELWISE, *SEARCHES, *LAYERWISE, "leap"])
     assert all(name in shown for name in names)

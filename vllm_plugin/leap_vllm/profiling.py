@@ -8,10 +8,13 @@ input. Only the chosen experts are computed: O(T·K·H), never O(T·E·H).
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from leap_serve.channel_sums import ChannelSums
+from leap_serve.checkpoint import Checkpoint
 from leap_serve.errors import UnsupportedError
 from leap_vllm import compat
 
@@ -29,6 +32,7 @@ class LayerRecorder:
         scale: constant factor on the routed output, part of g.
         weight_on_input: c = f_e(g·x).
         device: of the layer.
+        channels: sums of what goes into the experts' channels, or None.
     """
 
     def __init__(
@@ -38,7 +42,9 @@ class LayerRecorder:
         scale: float,
         weight_on_input: bool,
         device: torch.device,
+        channels: ChannelSums | None = None,
     ) -> None:
+        self.channels = channels
         self.experts, self.scale, self.weight_on_input = experts, scale, weight_on_input
         self.num_experts = num_experts
         self.sums = {key: torch.zeros(num_experts, dtype=torch.float64, device=device) for key in SUMS}
@@ -62,6 +68,8 @@ class LayerRecorder:
         norm = torch.linalg.vector_norm(out, dim=-1, dtype=torch.float32)
         peak = out.abs().amax(-1)
         applied = weight.double() * self.scale
+        if self.channels is not None:
+            self.channels.add(x, applied.view(ids.shape), ids)
         if self.weight_on_input:
             contribution = self.experts(pseudo, weight, one_id).double() * self.scale
             weighted = torch.linalg.vector_norm(contribution, dim=-1)
@@ -89,15 +97,23 @@ class LayerRecorder:
     def read(self) -> dict[str, bytes]:
         """Return each accumulator as little-endian float64 bytes; "easy" is left out where h was not seen."""
         named = {**self.sums, "coact": self.coact}
+        if self.channels is not None:
+            named |= {"x2": self.channels.x2, "mid2": self.channels.mid2}
         if self.residual_missing:
             del named["easy"]
         return {key: value.cpu().numpy().astype("<f8").tobytes() for key, value in named.items()}
 
 
 class Recording:
-    """Hooks on a model from construction to :meth:`remove`; what the model computes is unchanged."""
+    """Hooks on a model from construction to :meth:`remove`; what the model computes is unchanged.
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    Args:
+        model: vLLM's.
+        channels_of: folder of its checkpoint, where channel sums are wanted too.
+    """
+
+    def __init__(self, model: torch.nn.Module, channels_of: str | None = None) -> None:
+        self._checkpoint = None if channels_of is None else Checkpoint.open(Path(channels_of))
         self.layers: dict[int, LayerRecorder] = {}
         self._undo: list[Callable[[], None]] = []
         try:
@@ -121,6 +137,7 @@ class Recording:
             runner.routed_scaling_factor,
             routed.apply_router_weight_on_input,
             routed.w13_weight.device,
+            None if self._checkpoint is None else ChannelSums(self._checkpoint, layer, routed.w13_weight.device),
         )
 
         def observed(x: Any, topk_weights: Any, topk_ids: Any, *args: Any, **kwargs: Any) -> Any:

@@ -104,6 +104,7 @@ class BlockModel:
         self.dtype = str(self.model.dtype).removeprefix("torch.")
         blocks = moe_blocks(self.model, self.family)
         self.layers = {index: MoeLayer(blocks[index], self.family) for index in sorted(blocks)}
+        self._captured: tuple[Path, Captured] | None = None
 
     def encode(self, items: Sequence[Item]) -> list[list[int]]:
         """Return the token ids of prompt and answer of every item."""
@@ -140,6 +141,33 @@ class BlockModel:
                 save_file(seen, folder / f"item-{number:06d}.safetensors")
                 seen.clear()
         return Captured(folder, tuple(map(len, ids)), self.device)
+
+    def captured(self, ids: Sequence[Sequence[int]], folder: Path, layers: Sequence[int]) -> Captured:
+        """Capture the full model's inputs, or take what this process has captured in this folder already."""
+        if self._captured is None or self._captured[0] != folder:
+            self._captured = folder, self.capture(ids, folder, layers)
+        return self._captured[1]
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator, unused-ignore]
+    def block_outputs(self, ids: Sequence[int], plans: Sequence[Plan], layer: int) -> torch.Tensor:
+        """Return what decoder block ``layer`` puts out for one item under each plan, [S, T, H]."""
+        seen: list[torch.Tensor] = []
+
+        def keep(_module: Any, _args: Any, output: Any) -> None:
+            seen.append(output[0] if isinstance(output, tuple) else output)
+            raise _EnoughError
+
+        names = {id(block): name for name, block in self.model.named_modules()}
+        decoder = self.model.get_submodule(names[id(self.layers[layer].block)].rpartition(".")[0])
+        with masked_routers(self.model, self.family) as routers, ExitStack() as stack:
+            stack.callback(decoder.register_forward_hook(keep).remove)
+            routers.assign(plans)
+            rows = torch.tensor([list(ids)] * len(plans), device=self.device)
+            try:
+                self.model(input_ids=rows, use_cache=False)
+            except _EnoughError:
+                pass
+        return seen[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,9 @@ dynamic skipping: β_l = median over tokens of p₍₂₎/p₍₁₎, under the 
 Ours: a batch is one calibration item. A layer's output is linear in the router weights, so that with the Gram
 matrices G_t[e, e'] = ⟨f_e(x_t), f_e'(x_t)⟩ a subset's error of a token is dᵀG_t d, d being the change of its weights:
 every expert runs once per token, and subsets cost O(T·E²) each, whatever H is. Where C(E, r) exceeds 20,000 the
-search is greedy backward elimination, and the plan says «naee-greedy». β_l is computed and stored only: neither the
-cut nor the served model skips by it. The calibration items come from the training split.
+search is greedy backward elimination, and the plan says «naee-greedy». With k > 2 every choice below β_l·p₍₁₎ is skipped.
+β_l is part of the plan (and the served model skips by it) only where that is asked for; how many experts a token then
+uses on the calibration items is recorded. The calibration items come from the training split.
 
 Cost: naee one forward pass over the items, naee-progressive one per layer that ends there ((L + 1)/2 in all), plus
 all E experts on every token once; min(C(E, r), E²/2) subsets per layer. Memory: one layer's G, T·E²·8 bytes, while
@@ -96,6 +97,12 @@ class LayerData:
         highest = self.layer.weights(self.z, [plan])[0].topk(2, -1).values
         return float(np.median((highest[:, 1] / highest[:, 0]).cpu().numpy()))
 
+    def active(self, plan: LayerPlan, beta: float) -> float:
+        """Return how many experts a token uses on average when choices below ``beta`` times its highest are skipped."""
+        weights = self.layer.weights(self.z, [plan])[0]
+        # Of a plan's own top_k: what it has not chosen weighs 0.
+        return float(((weights > 0) & (weights >= beta * weights.amax(-1, keepdim=True))).sum(-1).double().mean())
+
 
 def is_exhaustive(experts: int, keep: int) -> bool:
     """Whether every subset of a layer is tried."""
@@ -129,6 +136,7 @@ def naee(
     results: LayerResults,
     progressive: bool = False,
     progress: Progress | None = None,
+    skip: bool = False,
     **provenance: Any,
 ) -> Plan:
     """Choose every layer's experts; what ``results`` knows is not computed again.
@@ -141,6 +149,7 @@ def naee(
         results: of this very search, so far.
         progressive: take a layer's inputs from the model as it is pruned before that layer.
         progress: called with layers done and layers in all.
+        skip: make dynamic skipping by β_l part of the plan.
         provenance: what else ``made_by`` shall record.
     """
     if not space.uniform:
@@ -163,22 +172,39 @@ def naee(
             assert captured is not None
             data = LayerData.of(model.layers[index], index, captured)
             plan, loss = best_subset(data, layers[index], keep)
-            results.put(index, {"retained": list(plan.retained), "loss": loss, "beta": data.beta(plan)})
+            beta = data.beta(plan)
+            active = None if beta is None else data.active(plan, beta)
+            results.put(index, {"retained": list(plan.retained), "loss": loss, "beta": beta, "active": active})
         layers[index] = replace(layers[index], retained=tuple(results.get(index)["retained"]))
         if progress is not None:
             progress(number, len(layers))
     chosen = np.zeros(space.shape, bool)
     for row, plan in zip(chosen, layers.values(), strict=True):
         row[list(plan.retained)] = True
-    return space.plan(chosen, **_record(space, results, progressive), **provenance)
+    found = space.plan(chosen, **_record(space, results, progressive, skip), **provenance)
+    if not skip:
+        return found
+    # A ratio that rounds to 0 skips nothing, and a plan cannot say so.
+    beta = {index: results.get(index)["beta"] or None for index in found.layers}
+    return replace(found, layers={index: replace(layer, skip=beta[index]) for index, layer in found.layers.items()})
 
 
-def _record(space: PruningSpace, results: LayerResults, progressive: bool) -> dict[str, Any]:
+def check_skip(space: PruningSpace) -> None:
+    """Raise UnsupportedError where a token uses one expert in every layer; to be asked before a model is loaded."""
+    if max(space.top_k) < 2:
+        raise UnsupportedError("--skip", "every token uses one expert, so there is none to skip", "leave it out")
+
+
+def _record(space: PruningSpace, results: LayerResults, progressive: bool, skip: bool) -> dict[str, Any]:
     """What ``made_by`` says of a search."""
     experts, keep = space.routing.num_experts, space.cap
     exact, name = is_exhaustive(experts, keep), "naee-progressive" if progressive else "naee"
     of = {layer: results.get(layer) for layer in space.layers}
-    notices = ["the thresholds of dynamic skipping are recorded only: nothing skips by them"]
+    notices = (
+        ["choices below β times the highest weight are skipped in vLLM: a cut needs leap-serve's architecture"]
+        if skip
+        else ["the thresholds of dynamic skipping are recorded only; --skip makes them part of the plan"]
+    )
     if not exact:
         notices.append(
             f"greedy backward elimination (ours), not NAEE's exhaustive search: C({experts}, {keep}) = "
@@ -187,7 +213,10 @@ def _record(space: PruningSpace, results: LayerResults, progressive: bool) -> di
     return {
         "method": name if exact else f"{name}-greedy", "exact": exact, "notices": notices,
         "reconstruction": {str(layer): one["loss"] for layer, one in of.items()},
-        "dynamic_skipping": {"beta": {str(layer): one["beta"] for layer, one in of.items()}},
+        "dynamic_skipping": {
+            "beta": {str(layer): one["beta"] for layer, one in of.items()},
+            "active_experts": {str(layer): one.get("active") for layer, one in of.items()},
+        },
     }  # fmt: skip
 
 

@@ -21,10 +21,10 @@ class Method:
 
     name: str
     paper: str
-    source: Literal["nothing", "profile", "items", "profile and items"]
+    source: Literal["nothing", "profile", "items", "profile and items", "profile and weights"]
     gradients: bool
     evaluations: str
-    output: Literal["experts", "experts and τ", "top_k"] = "experts"
+    output: Literal["experts", "experts and τ", "top_k", "channels", "merged experts"] = "experts"
 
 
 _ONCE = "none (one pass for all criteria)"
@@ -37,10 +37,18 @@ METHODS: tuple[Method, ...] = (
     Method("ean-weighted", "expert activation norm, weighted by the gate", "profile", False, _ONCE),
     Method("reap", "Lasby et al. 2025, REAP", "profile", False, _ONCE),
     Method("easy-ep", "Dong et al. 2025, EASY-EP", "profile", False, _ONCE),
+    Method("moe-pruner", "Xie et al. 2024, MoE-Pruner", "profile and weights", False, "none (a profile --channels)"),
+    Method("intra", "LExI §2", "profile and weights", False, "none (a profile --channels)", "channels"),
     Method("magnitude", "baseline of LEAP §4.1", "nothing", False, "none (weights only)"),
     Method("random", "control", "nothing", False, "none"),
     Method("naee", "Lu et al. 2024, NAEE §3.2", "items", False, "C(E, r) subsets per layer; greedy above 20,000"),
     Method("naee-progressive", "Lu et al. 2024, NAEE §3.2", "items", False, "as naee, on the pruned model's inputs"),
+    Method(
+        "moe-i2", "Yang et al. 2024, MoE-I²", "items", False, "100 sets × 50 generations per layer, 27 per 3 layers"
+    ),
+    Method(
+        "hc-smoe", "Chen et al. 2024, HC-SMoE", "items", False, "none (all experts on all tokens)", "merged experts"
+    ),
     Method("lexi", "LExI, algorithms 1 and 2", "nothing", False, "--draws of noise per layer", "top_k"),
     Method("leap", "LEAP §3.1", "profile and items", True, _SEARCHED, "experts and τ"),
     Method("random-search", "control", "profile and items", False, _SEARCHED),
@@ -49,5 +57,7 @@ METHODS: tuple[Method, ...] = (
     Method("evo-counts", "after EvoESAP", "profile and items", False, _SEARCHED),
     Method("rco", "after RCO: learned scores, Gumbel noise", "profile and items", True, "steps of items"),
 )
-LAYERWISE = ("naee", "naee-progressive", "lexi")
+CHANNELWISE = ("moe-pruner", "intra")
+"""Methods that need a profile with channel sums, and the weights."""
+LAYERWISE = ("naee", "naee-progressive", "moe-i2", "hc-smoe", "lexi")
 """Methods that run the MoE layers themselves, in transformers."""
