@@ -4,6 +4,8 @@ export PYTHONSAFEPATH := 1
 export PYTHON
 BIN := .venv/bin
 FAST := not e2e and not slow
+# Engines start for most of the time that the tests take, on one core each; a file's tests stay together.
+PARALLEL ?= -n 2 --dist loadfile
 
 .PHONY: demo test check test-slow bench lint setup clean leap-tiny
 
@@ -11,10 +13,10 @@ demo: setup
 	$(BIN)/leap demo --out runs/demo --force
 
 test: setup
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" $(PARALLEL)
 
 check: setup lint
-	$(BIN)/python -m pytest -q -m "$(FAST)"
+	$(BIN)/python -m pytest -q -m "$(FAST)" $(PARALLEL)
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
