@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_serve.checkpoint import Checkpoint, resolve_model
-from leap_serve.cli import channelwise, layerwise
+from leap_serve.cli import channelwise, layerwise, taskwise
 from leap_serve.cli.console import say, table
 from leap_serve.errors import UsageError
 from leap_serve.files import new_folder, write_json
@@ -28,14 +28,15 @@ GRID = (0.5, 0.707, 1.0, 1.414, 2.0)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     from leap_training.controls import SEARCHES
-    from leap_training.methods.registry import CHANNELWISE, LAYERWISE
+    from leap_training.methods.registry import CHANNELWISE, LAYERWISE, TASKWISE
 
     searched = ("leap", *SEARCHES)
     parser.add_argument(
         "source", help=f"a profile folder; for magnitude, random, {', '.join(LAYERWISE)} also the model itself"
     )
     parser.add_argument(
-        "--method", required=True, choices=(*ONE_SHOT, *CHANNELWISE, *LAYERWISE, *searched), help="see leap methods"
+        "--method", required=True, choices=(*ONE_SHOT, *CHANNELWISE, *LAYERWISE, *TASKWISE, *searched),
+        help="see leap methods",
     )  # fmt: skip
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--budget", type=float, nargs="+", help="fraction of the routed experts to keep, e.g. 0.125")
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_searching(parser, searched)
     layerwise.add_arguments(parser)
     channelwise.add_arguments(parser)
+    taskwise.add_arguments(parser)
     parser.add_argument(
         "-o", "--out", type=Path, required=True,
         help="the plan to write, e.g. plan.json; with several budgets a folder of plan-BUDGET.json and pareto.json",
@@ -115,7 +117,7 @@ def workload(text: str) -> Workload:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Choose, write the plans and show them."""
-    from leap_training.methods.registry import CHANNELWISE, LAYERWISE
+    from leap_training.methods.registry import CHANNELWISE, LAYERWISE, TASKWISE
 
     sizes = _sizes(args)
     _check_out(args, len(sizes))
@@ -127,6 +129,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         plans = layerwise.layerwise(args, source, sizes)
     elif args.method in CHANNELWISE:
         plans = channelwise.channelwise(args, source, sizes)
+    elif args.method in TASKWISE:
+        plans = taskwise.taskwise(args, source, sizes)
+    elif args.method in LAYERWISE:
+        plans = layerwise.layerwise(args, source, sizes)
     else:
         from leap_serve.cli.searching import Search
 

@@ -124,10 +124,10 @@ def test_what_cannot_be_searched_is_refused(
 def test_every_method_of_search_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     from leap_serve.cli.search import ONE_SHOT
     from leap_training.controls import SEARCHES
-    from leap_training.methods.registry import CHANNELWISE, LAYERWISE, METHODS
+    from leap_training.methods.registry import CHANNELWISE, LAYERWISE, METHODS, TASKWISE
 
     assert main(["methods"]) == 0
     shown = capsys.readouterr().out
     names = [one.name for one in METHODS]
-    assert sorted(names) == sorted([*ONE_SHOT, *CHANNELWISE, *SEARCHES, *LAYERWISE, "leap"])
+    assert sorted(names) == sorted([*ONE_SHOT, *CHANNELWISE, *SEARCHES, *LAYERWISE, *TASKWISE, "leap"])
     assert all(name in shown for name in names)

@@ -50,6 +50,8 @@ METHODS: tuple[Method, ...] = (
         "hc-smoe", "Chen et al. 2024, HC-SMoE", "items", False, "none (all experts on all tokens)", "merged experts"
     ),
     Method("lexi", "LExI, algorithms 1 and 2", "nothing", False, "--draws of noise per layer", "top_k"),
+    Method("tsep", "Chen et al. 2022, TSEP", "items", True, "none (--steps of tuning on the full model)"),
+    Method("eep", "Liu et al. 2024, EEP", "items", False, "--episodes of items, in transformers", "merged experts"),
     Method("leap", "LEAP §3.1", "profile and items", True, _SEARCHED, "experts and τ"),
     Method("random-search", "control", "profile and items", False, _SEARCHED),
     Method("greedy", "control", "profile and items", False, _SEARCHED),
@@ -61,3 +63,5 @@ CHANNELWISE = ("moe-pruner", "intra")
 """Methods that need a profile with channel sums, and the weights."""
 LAYERWISE = ("naee", "naee-progressive", "moe-i2", "hc-smoe", "lexi")
 """Methods that run the MoE layers themselves, in transformers."""
+TASKWISE = ("tsep", "eep")
+"""Methods that look at the task's own loss, in transformers."""

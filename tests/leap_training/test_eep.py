@@ -1,0 +1,187 @@
+"""EEP: candidates against merged models by hand, evolution on a known landscape, files, and resuming."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cut_blocks import ITEMS, open_model
+from leap_serve.cli import main
+from leap_serve.cut import cut
+from leap_serve.errors import UnsupportedError, UsageError
+from leap_serve.plan import BaseModel, Plan
+from leap_serve.torch_engine import TorchEngine
+from leap_serve.verify import verify
+from leap_training.methods.eep import Candidate, Eep, EepConfig, TaskLoss, plan_of
+from leap_training.pruning_space import PruningSpace
+from leap_training.saliency import Routing
+
+E, R = 8, 3
+ROUTING = Routing(BaseModel("tiny", "0" * 64), E, {0: 2, 2: 2})
+SPACE = PruningSpace.of(ROUTING, experts=R)
+CONFIG = EepConfig(evaluations=96, population=16)
+
+
+def one_hot(ids: list[list[int]]) -> Candidate:
+    matrix = np.zeros((len(ids), len(ids[0]), E), np.float32)
+    for layer, own in zip(matrix, ids, strict=True):
+        layer[np.arange(len(own)), own] = 1.0
+    return Candidate(matrix, matrix.copy())
+
+
+def landscape(one: Candidate) -> float:
+    """Least where every layer's slots are half expert 1 and half expert 2, 4 and 5, 6 and 7."""
+    goal = np.zeros((R, E), np.float32)
+    for row, pair in zip(goal, ((1, 2), (4, 5), (6, 7)), strict=True):
+        row[list(pair)] = 0.5
+    return float(sum(((layer - goal) ** 2).sum() for layer in (*one.experts, *one.router)))
+
+
+def test_phase_one_prunes_and_phase_two_merges() -> None:
+    seen: list[Candidate] = []
+
+    def evaluate(one: Candidate) -> float:
+        seen.append(Candidate(one.experts.copy(), one.router.copy()))
+        return landscape(one)
+
+    search = Eep(evaluate, SPACE, CONFIG)
+    best = search.run()
+    assert search.evaluations == len(seen) == 96 and best.loss == min(map(landscape, seen))
+    for one in seen[:48]:
+        assert np.array_equal(one.experts, one.router) and set(np.unique(one.experts)) == {0.0, 1.0}
+        chosen = one.experts.argmax(-1)
+        assert (one.experts.sum(-1) == 1).all() and (np.diff(chosen, axis=1) > 0).all()
+    assert search.pruned_loss == min(map(landscape, seen[:48]))
+    assert all((one.router >= 0).all() for one in seen) and best.loss < search.pruned_loss
+    assert any(not np.array_equal(one.experts, one.router) for one in seen[48:])
+    with pytest.raises(UsageError, match="two populations of 16"):
+        EepConfig(evaluations=31).check()
+
+
+def test_a_search_that_is_killed_ends_as_one_that_is_not(tmp_path: Path) -> None:
+    whole = Eep(landscape, SPACE, CONFIG).run()
+
+    class Killed(Exception):
+        pass
+
+    for stop in (20, 60):
+
+        def kill(done: int, _total: int, stop: int = stop) -> None:
+            if done == stop:
+                raise Killed
+
+        with pytest.raises(Killed):
+            Eep(landscape, SPACE, CONFIG, tmp_path, {"n": 1}).run(kill)
+    asked: list[int] = []
+    again = Eep(landscape, SPACE, CONFIG, tmp_path, {"n": 1}).run(lambda done, _: asked.append(done))
+    assert asked[0] == 57 and np.array_equal(again.experts, whole.experts) and again.loss == whole.loss
+    with pytest.raises(UsageError, match="n is 1 there and 2 now"):
+        Eep(landscape, SPACE, CONFIG, tmp_path, {"n": 2}).run()
+
+
+def test_a_candidate_that_only_prunes_is_an_ordinary_plan_with_the_same_loss(
+    family_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = open_model(family_checkpoint, "qwen3_moe", tmp_path)
+    space = PruningSpace.of(Routing.of(model.checkpoint), experts=R)
+    candidate = one_hot([[0, 2, 5], [1, 3, 7], [2, 4, 6], [5, 6, 7]])
+    loss = TaskLoss(model, ITEMS, space)(candidate)
+    plan = plan_of(candidate, space, renormalises=True)
+    assert plan.is_masking and [layer.retained for layer in plan.layers.values()][1] == (1, 3, 7)
+    engine = TorchEngine(model.checkpoint.folder, dtype="float32", device="cpu")
+    scores = engine.score_plans([plan], ITEMS)[0]
+    engine.close()
+    assert loss == pytest.approx(-sum(s.logprob for s in scores) / sum(s.tokens for s in scores), rel=1e-4)
+    assert not plan_of(candidate, space, renormalises=False).is_masking, "without renormalising a mask is another thing"
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "gpt_oss"])
+def test_merged_experts_and_maps_are_what_the_cut_holds(
+    family_checkpoint: Callable[[str], Path], tmp_path: Path, family: str
+) -> None:
+    model = open_model(family_checkpoint, family, tmp_path)
+    folder = model.checkpoint.folder
+    space = PruningSpace.of(Routing.of(model.checkpoint), experts=R)
+    draw = np.random.default_rng(0)
+    candidate = one_hot([[0, 2, 5], [1, 3, 7], [2, 4, 6], [5, 6, 7]])
+    candidate.experts += (draw.normal(size=candidate.experts.shape) * 0.1).astype(np.float32)
+    candidate.router += np.abs(draw.normal(size=candidate.router.shape) * 0.1).astype(np.float32)
+    candidate.experts[1], candidate.router[1] = candidate.experts[1][[2, 0, 1]], candidate.router[1][[2, 0, 1]]
+    loss = TaskLoss(model, ITEMS, space)(candidate)
+    plan = plan_of(candidate, space, renormalises=family != "olmoe", task="t")
+    assert [layer.retained for layer in plan.layers.values()][1] == (1, 3, 7), "slots stand in the order of their names"
+    assert cut(folder, plan, tmp_path / "cut").architecture == model.family.leap_architecture
+    verify(tmp_path / "cut", folder)
+
+    # The cut's own experts and leap.json's map in a model of transformers, put there by hand.
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    made, whole = load_file(tmp_path / "cut" / "model.safetensors"), Plan.load(tmp_path / "cut" / "leap.json")
+    net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for index, layer in whole.layers.items():
+        block, rm = net.model.layers[index].mlp, torch.zeros(R, E)
+        assert layer.merge is not None
+        for slot, row in enumerate(layer.merge.router):
+            for expert, weight in row:
+                rm[slot, expert] = weight
+        for name, value in block.experts.named_parameters():
+            if family == "gpt_oss":
+                value.data = made[f"model.layers.{index}.mlp.experts.{name}"]
+                continue
+            parts = [[made[f"model.layers.{index}.mlp.experts.{s}.{part}_proj.weight"] for s in range(R)]
+                     for part in (("gate", "up") if name == "gate_up_proj" else ("down",))]  # fmt: skip
+            value.data = torch.cat([torch.stack(part) for part in parts], 1)
+        block.experts.num_experts = R
+        router = block.router if family == "gpt_oss" else block.gate
+
+        def hook(
+            _m: object, _a: object, out: tuple[torch.Tensor, ...], rm: torch.Tensor = rm
+        ) -> tuple[torch.Tensor, ...]:
+            mapped = torch.einsum("te,re->tr", out[0].float().softmax(-1), rm)
+            weights, slots = mapped.topk(2, -1)
+            return out[0], weights if family == "olmoe" else weights / weights.sum(-1, keepdim=True), slots
+
+        router.register_forward_hook(hook)
+    total = tokens = 0.0
+    end = model.tokenizer.eos_token_id
+    with torch.no_grad():
+        for item in ITEMS:
+            first, answer = (
+                model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (item.prompt, item.answer)
+            )
+            ids = torch.tensor([[*first, *answer, end]])
+            rows = net(ids).logits[0].log_softmax(-1)[len(first) - 1 : -1]
+            total -= float(rows.gather(1, ids[0, len(first) :, None]).sum())
+            tokens += len(rows)
+    assert loss == pytest.approx(total / tokens, rel=1e-3)
+
+
+def test_the_command_and_families_that_have_no_softmax(
+    family_checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = open_model(family_checkpoint, "qwen3_moe", tmp_path)
+    out = tmp_path / "plan.json"
+    command = [
+        "search",
+        str(model.checkpoint.folder),
+        "--method",
+        "eep",
+        "--experts",
+        "3",
+        "-o",
+        str(out),
+        "--items",
+        "2",
+    ]
+    assert main([*command, "--task", "toy-gsm", "--episodes", "8"]) == 2 and not out.exists()
+    assert main([*command, "--task", "toy-gsm", "--tuned", "x"]) == 2 and not out.exists()
+    assert main([*command, "--task", "toy-gsm", "--episodes", "40"]) == 0
+    assert Plan.load(out).made_by["evaluations"] == 40
+    llama = open_model(family_checkpoint, "llama4_text", tmp_path)
+    with pytest.raises(UnsupportedError, match="has no softmax to map"):
+        TaskLoss(llama, ITEMS, PruningSpace.of(Routing.of(llama.checkpoint), experts=3))
