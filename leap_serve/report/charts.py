@@ -147,7 +147,7 @@ def bars(rows: Sequence[tuple[str, float, float, str]], most: float, x_title: st
     """One bar per layer: retained experts, with a tick at top_k; rows are (name, count, top_k, title)."""
     step = 16 if len(rows) <= 24 else 8
     height = 10 + step * len(rows) + 34
-    x = Scale.of([most], LEFT, WIDTH - RIGHT)
+    x = Scale(0.0, most, LEFT, WIDTH - RIGHT)
     parts = [_rule(x(tick), 6, x(tick), height - 34) for tick in x.ticks()]
     parts += [_text(x(tick), height - 20, figure(tick), "tick middle") for tick in x.ticks()]
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, height - 5, x_title, "axis middle"))

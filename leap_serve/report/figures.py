@@ -15,6 +15,8 @@ from leap_serve.report.scale import figure, percent
 
 MARKS = (1, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000)
 """Numbers of evaluations at which the tables of searches have a column."""
+STYLES = {"leap": 0, "full": 8}
+"""Lines of these kinds of models look the same in every chart (s0 and s8 of style.css)."""
 COLOURS = 7
 """Lines of one chart that have a colour of their own, the agent's included."""
 
@@ -132,7 +134,8 @@ def gates(report: Report) -> list[Figure]:
         rows: list[tuple[str, Interval, Methods, str]] = []
         for one in gate.bounds:
             used = one.observed.over(one.bound if one.bound > 0 else 1.0)
-            name = one.check if len(one.check) <= 22 else f"…{one.check[-21:]}"
+            what = one.name.removeprefix("max ").removesuffix(" increase").removesuffix(" drop")
+            name = f"{_clipped(one.check, 15)}: {what}"
             title = f"{one.check}, {one.name}: {spread(one.observed)}, allowed {figure(one.bound)}"
             rows.append((name, used, "leap" if one.kept else "broken", title))
         table = Table(
@@ -143,7 +146,7 @@ def gates(report: Report) -> list[Figure]:
         verdict = "passes the gate" if gate.passed else "is stopped at the gate"
         chart = charts.ranges(rows, "share of what is allowed; 1 is the bound", shares=False, limit=1.0)
         quoted = [f"{check}, {why}: «{text}»" for check, why, text in gate.examples]
-        caption = " · ".join(["Degenerate answers:", *quoted]) if quoted else ""
+        caption = f"Degenerate answers: {'; '.join(quoted)}." if quoted else ""
         figures.append(Figure(f"{gate.model} {verdict}", chart, table, caption))
     return figures
 
@@ -158,7 +161,7 @@ def latencies(report: Report) -> list[Figure]:
         others = itertools.count(1)
         lines = []
         for model in timed:
-            style = 0 if model.kind == "leap" else min(next(others), COLOURS - 1)
+            style = STYLES[model.kind] if model.kind in STYLES else min(next(others), COLOURS - 1)
             points = sorted((float(batch), ms.value) for batch, ms in model.tpot_ms.items())
             lines.append(charts.Line(_short(model), points, style, f"{model.name}: TPOT by batch"))
         batches = sorted({batch for m in timed for batch in m.tpot_ms})
@@ -275,7 +278,12 @@ def _dominates(one: tuple[float, float], other: tuple[float, float]) -> bool:
 
 def _short(model: Model) -> str:
     """A model's name in a chart."""
-    return "full" if model.kind == "full" else model.name if len(model.name) <= 24 else f"…{model.name[-23:]}"
+    return "full" if model.kind == "full" else _clipped(model.name, 24)
+
+
+def _clipped(text: str, most: int) -> str:
+    """The end of a text, which is what tells folders apart."""
+    return text if len(text) <= most else f"…{text[1 - most :]}"
 
 
 def _writer(score: Score) -> Callable[[float], str]:
