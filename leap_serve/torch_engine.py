@@ -16,6 +16,7 @@ from leap_serve import encoding, torch_subsets
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.engine import Completion, Memory, Progress, RequestTiming, Score
 from leap_serve.errors import LeapError, UnsupportedError
+from leap_serve.torch_cut import load_model
 
 if TYPE_CHECKING:
     from leap_serve.measure import Measurement
@@ -31,7 +32,7 @@ class TorchEngine:
     """A transformers causal LM behind the Engine protocol.
 
     Args:
-        model: checkpoint folder, a bundled name, or a model id; cuts that only our plugin can hold are refused.
+        model: checkpoint folder, a bundled name, or a model id; a cut may be uneven, but not be tuned and unmerged.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
         device: "cpu" or "cuda"; None takes CUDA where there is one.
         max_model_len: longest sequence in tokens; None takes the model's own.
@@ -47,19 +48,19 @@ class TorchEngine:
         device: str | None = None,
         max_model_len: int | None = None,
     ) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         folder = resolve_model(str(model))
         self.checkpoint = Checkpoint.open(folder)
-        _check_stock(self.checkpoint)
+        _check_merged(self.checkpoint)
         if dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise LeapError("dtype", f"is {dtype!r}", "choose auto, float32, bfloat16 or float16")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._model: Any = load_model(self.checkpoint, dtype).to(self.device).eval()
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-            self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(self.device).eval()
         except (ValueError, OSError, RuntimeError) as error:
             first = str(error).strip().splitlines()[0]
             raise LeapError(model, f"transformers refuses it ({first[:600]})", "correct the model") from error
@@ -212,22 +213,22 @@ class TorchEngine:
         return self.checkpoint.identity()
 
     @torch.inference_mode()  # type: ignore[untyped-decorator, unused-ignore]
-    def profile(self, items: Sequence[Item], progress: Progress | None = None) -> Profile:
+    def profile(self, items: Sequence[Item], progress: Progress | None = None, *, channels: bool = False) -> Profile:
         """Collect the experts' statistics over prompt + answer of every item, one item at a time, without padding."""
         from leap_serve.profile import assemble, check_request
         from leap_serve.torch_profile import observe
 
-        check_request(self.checkpoint, items)
+        check_request(self.checkpoint, items, channels)
         self._check_whole("profile")
         encoded = encoding.encode_items(self.tokenizer, items)
         ids = [e.prompt + e.answer for e in encoded]
         encoding.check_lengths([len(i) for i in ids], self.max_model_len, "item")
-        with observe(self._model, self.checkpoint.family) as layers:
+        with observe(self._model, self.checkpoint.family, self.checkpoint if channels else None) as layers:
             for number, whole in enumerate(ids, 1):
                 self._model(input_ids=torch.tensor([whole], device=self.device), use_cache=False)
                 if progress is not None:
                     progress(number, len(ids))
-        read = {index: layers[index].statistics for index in sorted(layers)}
+        read = {index: layers[index].read() for index in sorted(layers)}
         return assemble(read, self.checkpoint, items, engine=self.name, dtype=self.dtype)
 
     @torch.inference_mode()  # type: ignore[untyped-decorator, unused-ignore]
@@ -350,10 +351,10 @@ def _listed(value: int | list[int] | None) -> list[int]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _check_stock(checkpoint: Checkpoint) -> None:
-    """Refuse a cut that stock transformers would misread."""
-    if checkpoint.plan is not None and (not checkpoint.plan.is_uniform or checkpoint.overlays):
+def _check_merged(checkpoint: Checkpoint) -> None:
+    """Refuse a cut whose router head or adapter lies beside the weights, for transformers would leave them out."""
+    if checkpoint.overlays:
         raise UnsupportedError(
-            checkpoint.folder, "its layers differ in experts, top_k or temperature, or it has overlays",
-            "use --engine vllm, whose plugin holds such a cut",
+            checkpoint.folder, "has tuned parts beside its weights, which transformers does not merge",
+            "use --engine vllm, or export it first with leap export",
         )  # fmt: skip

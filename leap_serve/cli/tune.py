@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,9 +13,10 @@ from leap_serve.cli.console import noted_bar, say, table
 from leap_serve.errors import UnsupportedError, UsageError
 from leap_serve.files import new_folder
 from leap_serve.tasks.registry import PUBLISHED, TASKS, items_from_file, load_task
+from leap_serve.tasks.user import UserTask
 
 if TYPE_CHECKING:
-    from leap_training.tune import TuneConfig, TuneData
+    from leap_training.tune import Report, TuneConfig, TuneData, Tuner
 
 CODE = ("humaneval", "mbpp")
 BASELINES: dict[str, Literal["none", "logits", "experts"]] = {
@@ -25,7 +27,7 @@ BASELINES: dict[str, Literal["none", "logits", "experts"]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    parser.add_argument("checkpoint", help="a cut checkpoint with equal counts in all layers")
+    parser.add_argument("checkpoint", help="a cut checkpoint")
     parser.add_argument("--task", help=f"one of {', '.join([*TASKS, *PUBLISHED])}")
     parser.add_argument("--data", type=Path, help="JSON Lines of {prompt, answer} or {text}, 5 %% held out")
     parser.add_argument("-o", "--out", type=Path, help="tune a copy (default: write beside the checkpoint's weights)")
@@ -39,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     labels.add_argument("--steps", type=int, default=4000, help="expert steps of the whole run")
     labels.add_argument("--batch", type=int, default=32, help="items of a step")
     labels.add_argument("--accumulate", type=int, default=1, help="parts in which a step's items pass")
+    labels.add_argument("--max-length", type=int, metavar="TOKENS", help="leave out items that are longer")
     labels.add_argument("--patience", type=int, default=3, help="rounds without gain that end the run; 0: never")
     parts = parser.add_argument_group("parts, each of which can be left out")
     parts.add_argument("--no-rl-router", action="store_true", help="no router steps")
@@ -55,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     knobs = parser.add_argument_group("knobs")
     knobs.add_argument("--rank", type=int, default=16, help="of the experts' adapters")
     knobs.add_argument("--learning-rate", type=float, default=3e-3)
+    knobs.add_argument("--lr-warmup", type=int, default=50, help="steps over which that rate rises")
     knobs.add_argument("--router-learning-rate", type=float, default=1e-3)
     knobs.add_argument("--router-every", type=int, default=4, help="expert steps per router step")
     knobs.add_argument("--router-warmup", type=int, default=20, help="router steps before the first expert step")
@@ -76,24 +80,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Tune, keep the tuned router only if it earns it, and write what lies beside the weights."""
     source = _source(args)
-    from leap_training.tune_result import keep_router, report_of, write_plain, write_tuned
+    from leap_training.tune_result import write_plain, write_tuned
 
     tuner = _tuner(args, source)
     state = tuner.state
     assert state is not None
-    losses, _ = tuner.item_losses(tuner.data.stopping)
     with noted_bar("tune") as bar:
-        tuner.run(bar)
-    moved = tuner.config.rl_router or tuner.config.supervised_router
-    plain = tuner.config.experts == "full"
-    # A rival's router is part of it; whether ours stays is asked of ours alone.
-    router = keep_router(tuner) if moved and not plain else None
-    report = report_of(tuner, router, float(losses.mean()), task=args.task, data=args.data and str(args.data),
-                       model=args.checkpoint, baseline=args.baseline)  # fmt: skip
+        report = tune(tuner, bar, task=args.task, data=args.data and str(args.data), model=args.checkpoint,
+                      baseline=args.baseline)  # fmt: skip
     out = args.out or source
     args.json = args.json and tuner.accelerator.is_main_process
     if tuner.accelerator.is_main_process:
-        if plain:
+        if tuner.config.experts == "full":
             write_plain(tuner, source, out, report, args.force)
         else:
             if args.out:
@@ -103,9 +101,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         shutil.rmtree(state, ignore_errors=True)
         _show(args, report)
     return {
-        "out": str(out), "labels": report["labels"], "curve": report["curve"], "router": router,
+        "out": str(out), "labels": report["labels"], "curve": report["curve"], "router": report["router"],
         "validation_loss_before": report["validation_loss_before"], "stopped_early": report["stopped_early"],
     }  # fmt: skip
+
+
+def tune(tuner: Tuner, show: Report, **origin: Any) -> dict[str, Any]:
+    """Tune to the end and keep the tuned router only if it earns it; returns the content of tune.json."""
+    from leap_training.tune_result import keep_router, report_of
+
+    losses, _ = tuner.item_losses(tuner.data.stopping)
+    tuner.run(show)
+    moved = tuner.config.rl_router or tuner.config.supervised_router
+    # A rival's router is part of it; whether ours stays is asked of ours alone.
+    router = keep_router(tuner) if moved and tuner.config.experts != "full" else None
+    return report_of(tuner, router, float(losses.mean()), **origin)
 
 
 def _show(args: argparse.Namespace, report: dict[str, Any]) -> None:
@@ -133,10 +143,10 @@ def _source(args: argparse.Namespace) -> Path:
     checkpoint = Checkpoint.open(folder)
     if checkpoint.plan is None:
         raise UsageError(folder, "is a full model, nothing has been cut out of it", "cut it first with leap cut")
-    if checkpoint.plan is not None and not checkpoint.plan.is_uniform:
+    if args.baseline and not checkpoint.plan.is_uniform:
         raise UnsupportedError(
-            folder, "its layers differ in experts, top_k or temperature, and transformers holds one of each for all",
-            "tune a plan with equal counts (leap search --allocation uniform)",
+            folder, "its layers differ in experts, top_k or temperature, and a baseline writes a checkpoint of "
+            "transformers, which holds one of each for all", "tune it without --baseline, or cut a uniform plan",
         )  # fmt: skip
     if checkpoint.overlays and not (args.force and args.out is None):
         raise UsageError(folder, "has tuned parts already", "pass --force without --out to tune it anew")
@@ -155,10 +165,12 @@ def _source(args: argparse.Namespace) -> Path:
     return folder
 
 
-def _tuner(args: argparse.Namespace, source: Path) -> Any:
+def _tuner(args: argparse.Namespace, source: Path) -> Tuner:
     from leap_training.tune import Tuner
 
     config, data = _config(args), _data(args)
+    if args.max_length is not None:
+        data = _shorter(data, source, args.max_length)
     state = args.state or source.parent / f"{source.name}.tune"
     return Tuner(source, data, config, state)
 
@@ -175,7 +187,7 @@ def _config(args: argparse.Namespace) -> TuneConfig:
     distill = BASELINES[args.baseline] if rival else "none"
     return TuneConfig(
         rounds=args.rounds, labels=args.labels, steps=args.steps, batch=args.batch, accumulate=args.accumulate,
-        learning_rate=args.learning_rate, experts="full" if rival else "none" if args.no_lora else "lora",
+        learning_rate=args.learning_rate, lr_warmup=args.lr_warmup, experts="full" if rival else "none" if args.no_lora else "lora",
         distill=distill, teacher=str(resolve_model(args.teacher)) if distill != "none" else None,
         rank=args.rank, adapter_l2=args.adapter_l2, rl_router=not (rival or args.no_rl_router),
         supervised_router=rival or args.supervised_router, router_warmup=args.router_warmup,
@@ -212,7 +224,31 @@ def _data(args: argparse.Namespace) -> TuneData:
         return _from_file(args)
     task = load_task(args.task, args.data)
     stopping, router = (validation_part(task, name, args.held_out, args.seed) for name in ("stopping", "router"))
-    return TuneData(task.items("train", args.pool, args.seed), task.items("test", None, args.seed), stopping, router)
+    untested = isinstance(task, UserTask) and "test" not in task.source.splits
+    tests = [] if untested else task.items("test", None, args.seed)
+    return TuneData(task.items("train", args.pool, args.seed), tests, stopping, router)
+
+
+def _shorter(data: TuneData, folder: Path, longest: int) -> TuneData:
+    """Leave out what has more than ``longest`` tokens: prompt, answer and end of text."""
+    from transformers import AutoTokenizer
+
+    from leap_serve.encoding import encode_items
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    parts = {}
+    for name in ("pool", "stopping", "router"):
+        items = getattr(data, name)
+        lengths = [len(one.prompt) + len(one.answer) + 1 for one in encode_items(tokenizer, items)]
+        parts[name] = [item for item, length in zip(items, lengths, strict=True) if length <= longest]
+        if not parts[name]:
+            what = f"is {longest}, and the shortest of the {len(items)} {name} items has {min(lengths)} tokens"
+            raise UsageError("--max-length", what, "raise it")
+        if len(parts[name]) < len(items):
+            say(
+                f"{len(items) - len(parts[name])} of {len(items)} {name} items have more than {longest} tokens: left out"
+            )
+    return replace(data, **parts)
 
 
 def _from_file(args: argparse.Namespace) -> TuneData:

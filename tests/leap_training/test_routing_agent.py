@@ -16,6 +16,7 @@ from leap_serve.errors import UnsupportedError
 from leap_training.batches import Batch, token_losses
 from leap_training.routing_agent import (
     Exploration,
+    LayerPolicies,
     RouterConfig,
     RoutingAgent,
     TopKPolicy,
@@ -113,7 +114,7 @@ def test_rollouts_credit_every_layer_and_ppo_starts_at_ratio_one(
 
     config = RouterConfig(tokens=64, minibatch=64, ppo_epochs=1, gamma=1.0)
     rollout, found = collect_rollout(agent, losses, batch, config, torch.Generator().manual_seed(0))
-    assert rollout.actions.shape == (64, len(agent.layers), agent.top_k)
+    assert rollout.actions.shape == (64, len(agent.layers), max(agent.top_k))
     assert found["reward"] != found["reward_greedy"]
     # The first gradient step sees the policy that drew the actions.
     metrics = improve(agent, torch.optim.SGD(agent.routers, lr=0.0), rollout, config, torch.Generator().manual_seed(0))
@@ -177,13 +178,30 @@ def test_ppo_learns_to_route_to_the_better_experts(family_checkpoint: Callable[[
 def test_expert_reads_add_up_to_the_expected_distinct_experts() -> None:
     random = torch.Generator().manual_seed(0)
     actions = torch.stack([torch.randperm(8, generator=random)[:2] for _ in range(600)])[:, None]
-    shares = expert_reads(actions, 8, 4)
+    shares = expert_reads(actions, [8], [2], 4)
     frequency = torch.bincount(actions.flatten(), minlength=8) / 600
     wanted = (1 - (1 - frequency) ** 4).sum()
     assert 4 * float(shares.mean()) == pytest.approx(float(wanted), rel=1e-5)
     # A token whose experts nobody else wants costs more than one that goes with the crowd.
     crowd = torch.tensor([[0, 1]] * 50 + [[2, 3]])[:, None]
-    assert expert_reads(crowd, 8, 16)[-1, 0] > 5 * expert_reads(crowd, 8, 16)[0, 0]
+    reads = expert_reads(crowd, [8], [2], 16)
+    assert reads[-1, 0] > 5 * reads[0, 0]
+
+
+def test_layers_of_different_sizes_are_policies_of_their_own() -> None:
+    """Layers of 5 and 3 experts that choose 3 and 2: log-probabilities and entropies are each layer's alone."""
+    random = torch.Generator().manual_seed(0)
+    scores = [torch.randn(7, 5, generator=random), torch.randn(7, 3, generator=random)]
+    policies = [TopKPolicy(one, k, 0.7, 0.4) for one, k in zip(scores, (3, 2), strict=True)]
+    both = LayerPolicies(policies)
+    actions = both.sample(random)
+    assert actions.shape == (7, 2, 3) and not actions[:, 1, 2].any()
+    for place, policy in enumerate(policies):
+        own = actions[:, place, : policy.k]
+        assert torch.equal(both.log_prob(actions)[:, place], policy.log_prob(own))
+        assert torch.equal(both.entropy(actions)[:, place], policy.entropy(own))
+    apart = expert_reads(actions, [5, 3], [3, 2], 4)
+    assert torch.equal(apart[:, 1:], expert_reads(actions[:, 1:, :2], [3], [2], 4))
 
 
 def test_a_latency_term_makes_tokens_go_with_the_crowd(family_checkpoint: Callable[[str], Path]) -> None:

@@ -16,13 +16,15 @@ import torch
 from cutting import plan_for
 from leap_serve.cut import cut
 from leap_serve.errors import CheckpointError, LeapError, UsageError
+from leap_serve.export import export
 from leap_serve.tasks.base import Item
 from leap_training.active_learning import Acquisition
 from leap_training.batches import Batch, collate
 from leap_training.routing_agent import RouterConfig
 from leap_training.tune import TuneConfig, TuneData, Tuner
-from leap_training.tune_result import keep_router, report_of, sign_flip_test
+from leap_training.tune_result import keep_router, report_of, sign_flip_test, write_tuned
 from leap_training.tune_state import STATE
+from parity import uneven_plan
 from tiny_tokenizer import talking_copy
 
 SMALL = TuneConfig(
@@ -210,6 +212,33 @@ def test_an_item_of_the_test_split_in_the_pool_is_refused(small_cut: Path) -> No
     leaking = replace(DATA, pool=[*DATA.pool, DATA.tests[3]])
     with pytest.raises(LeapError, match="9/3"):
         Tuner(small_cut, leaking, SMALL)
+
+
+def test_an_uneven_cut_is_tuned_and_its_export_answers_as_was_measured(
+    family_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Layers of 5, 2, 7 and 4 experts with top_k 2, 2, 1, 2 and τ of their own: router, adapters, overlays, export."""
+    whole = talking_copy(family_checkpoint("qwen3_moe"), tmp_path / "whole")
+    plan = uneven_plan(whole)
+    cut(whole, plan, tmp_path / "cut")
+    config = replace(SMALL, rounds=1, steps=30, labels=40)
+    tuner = Tuner(tmp_path / "cut", DATA, config)
+    before = tuner.item_losses(DATA.stopping)[0].mean()
+    tuner.run()
+    losses = tuner.item_losses(DATA.stopping)[0]
+    assert losses.mean() < before - 0.3
+    assert changed(tuner, tmp_path / "cut") == {"router", "experts"}
+    assert [len(rows["weight"]) for rows in tuner.agent.router_head().values()] == plan.counts
+    report = report_of(tuner, {"kept": True}, float(before))
+    write_tuned(tuner, tmp_path / "cut", report)
+    export(tmp_path / "cut", tmp_path / "plain")
+    plain = Tuner(tmp_path / "plain", DATA, config)
+    np.testing.assert_allclose(plain.item_losses(DATA.stopping)[0], losses, atol=1e-4)
+
+
+def test_a_pool_that_is_used_up_ends_the_labelling_but_not_the_run(small_cut: Path) -> None:
+    tuner = tuned(small_cut, replace(SMALL, rounds=3, labels=30, rl_router=False))
+    assert [row["labels"] for row in tuner.progress.curve] == [30, 40, 40]
 
 
 def test_settings_that_cannot_run_are_all_named() -> None:

@@ -12,7 +12,7 @@ T = B·S tokens, M samples of a rollout, L MoE layers, E experts of a layer, H h
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -85,6 +85,7 @@ class RouterHead(nn.Module):
     """A layer's router as it is trained: fp32 weight [E, H] and, where the family has one, bias [E].
 
     As a forward hook of the model's own router it answers in its place. ``sliced_*`` are the values it began with.
+    Every layer has its own E, K and temperature τ (``router.temperature``, where the loader of an uneven cut put it).
     """
 
     sliced_weight: torch.Tensor
@@ -93,6 +94,8 @@ class RouterHead(nn.Module):
     def __init__(self, router: Any, family: Family, agent: RoutingAgent) -> None:
         super().__init__()
         self.kind = family.router_kind
+        self.top_k = int(router.top_k)
+        self.temperature = float(getattr(router, "temperature", 1.0))
         bias = getattr(router, "bias", None)
         self.weight = nn.Parameter(router.weight.detach().float().clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
@@ -102,10 +105,11 @@ class RouterHead(nn.Module):
         self.__dict__["router"], self.__dict__["agent"] = router, agent
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits [T, E] of router inputs [T, H], rounded as the engine's."""
+        """Logits over τ [T, E] of router inputs [T, H], rounded as the engine's."""
         # Routers with a correction bias compute in fp32 whatever the model's dtype.
         dtype = torch.float32 if self.kind == "sigmoid-bias" else x.dtype
-        return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+        z = F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+        return z if self.temperature == 1.0 else z / self.temperature
 
     def scores(self, z: torch.Tensor) -> torch.Tensor:
         """What the top-k is taken of, fp32 [..., E]: the logits, or σ + correction bias."""
@@ -128,11 +132,39 @@ class RouterHead(nn.Module):
         return z, (weights * getattr(self.router, "routed_scaling_factor", 1.0)).to(output[1].dtype), ids
 
 
+class LayerPolicies:
+    """The policies of L layers side by side: actions [M, L, K], K the largest top_k; a smaller one's end is padding."""
+
+    def __init__(self, layers: Sequence[TopKPolicy]) -> None:
+        self.layers = layers
+
+    def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Draw the orders of all layers, [M, L, K]."""
+        return side_by_side([layer.sample(generator) for layer in self.layers])
+
+    def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities [M, L]."""
+        return torch.stack([p.log_prob(ids[:, : p.k]) for p, ids in self._each(actions)], 1)
+
+    def entropy(self, actions: torch.Tensor) -> torch.Tensor:
+        """Entropies [M, L]."""
+        return torch.stack([p.entropy(ids[:, : p.k]) for p, ids in self._each(actions)], 1)
+
+    def _each(self, actions: torch.Tensor) -> Iterator[tuple[TopKPolicy, torch.Tensor]]:
+        return zip(self.layers, actions.unbind(1), strict=True)
+
+
+def side_by_side(ids: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Stack the ids [N, K of the layer] of L layers to [N, L, K], padded with 0."""
+    width = max(one.shape[1] for one in ids)
+    return torch.stack([F.pad(one, (0, width - one.shape[1])) for one in ids], 1)
+
+
 class RoutingAgent(nn.Module):
     """The heads of all MoE layers; hooks them into the model until :meth:`close`.
 
     Args:
-        model: a transformers causal LM whose MoE layers hold equally many experts and have one top_k.
+        model: a transformers causal LM; its layers may differ in experts and top_k.
         family: its row in the table of architectures.
         exploration: of :meth:`rollout`.
 
@@ -153,11 +185,12 @@ class RoutingAgent(nn.Module):
         if getattr(first, "num_group", None) not in (None, 1):
             raise UnsupportedError(type(model).__name__, "routes in groups", "tune with --no-rl-router")
         self.layers = sorted(routers)
-        self.top_k = int(first.top_k)
         self.heads = nn.ModuleList(RouterHead(routers[layer], family, self) for layer in self.layers)
         # V(h) of each layer, linear in the router's input.
-        self.experts, hidden = self.heads[0].weight.shape
-        self.value = nn.Parameter(torch.zeros(len(self.layers), hidden, device=self.heads[0].weight.device))
+        self.top_k = tuple(head.top_k for head in self.heads)
+        self.experts = tuple(len(head.weight) for head in self.heads)
+        weight = self.heads[0].weight
+        self.value = nn.Parameter(torch.zeros(len(self.layers), weight.shape[1], device=weight.device))
         self._generator: torch.Generator | None = None
         self._seen: dict[RouterHead, tuple[torch.Tensor, torch.Tensor]] | None = None
         self._hooks = [head.router.register_forward_hook(head.answer) for head in self.heads]
@@ -201,7 +234,7 @@ class RoutingAgent(nn.Module):
 
     def choose(self, head: RouterHead, x: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The experts [T, K] of each token: the best, or drawn while a rollout is being collected."""
-        policy = self.exploration.policy(scores.detach(), self.top_k)
+        policy = self.exploration.policy(scores.detach(), head.top_k)
         if self._seen is None:
             return policy.mode()
         ids = policy.sample(self._generator)
@@ -217,13 +250,12 @@ class RoutingAgent(nn.Module):
         finally:
             self._seen = None
 
-    def scores(self, observations: torch.Tensor) -> torch.Tensor:
-        """Selection scores [M, L, E] of router inputs [M, L, H], with gradient."""
-        return torch.stack([h.scores(h(observations[:, i])) for i, h in enumerate(self.heads)], 1)
-
     def actor(self, observations: torch.Tensor, _masks: torch.Tensor | None = None) -> Distribution:
-        """PPO's actor: log-probabilities [M, L]."""
-        return self.exploration.policy(self.scores(observations), self.top_k)
+        """PPO's actor: log-probabilities [M, L] of actions for router inputs [M, L, H], with gradient."""
+        scores = (head.scores(head(observations[:, place])) for place, head in enumerate(self.heads))
+        return LayerPolicies(
+            [self.exploration.policy(one, k) for one, k in zip(scores, self.top_k, strict=True)]
+        )  # fmt: skip
 
     def critic(self, observations: torch.Tensor) -> torch.Tensor:
         """PPO's critic: values [M, L]."""
@@ -235,8 +267,8 @@ class RoutingAgent(nn.Module):
         for place, head in enumerate(self.heads):
             x = observations[:, place].float()
             with torch.no_grad():
-                before = F.linear(x, head.sliced_weight, head.sliced_bias).log_softmax(-1)
-            after = F.linear(x, head.weight, head.bias).log_softmax(-1)
+                before = (F.linear(x, head.sliced_weight, head.sliced_bias) / head.temperature).log_softmax(-1)
+            after = (F.linear(x, head.weight, head.bias) / head.temperature).log_softmax(-1)
             divergences.append((after.exp() * (after - before)).sum(-1))
         return torch.stack(divergences).mean()
 
@@ -279,7 +311,7 @@ class RouterConfig:
         return PPOConfig(**{name: getattr(self, name) for name in shared})
 
 
-def expert_reads(actions: torch.Tensor, experts: int, batch: int) -> torch.Tensor:
+def expert_reads(actions: torch.Tensor, experts: Sequence[int], top_k: Sequence[int], batch: int) -> torch.Tensor:
     """Each token's share [N, L] of the distinct experts that a decode step of ``batch`` such tokens reads per layer.
 
     An expert chosen with frequency p is read by such a step with probability 1 − (1 − p)^batch, however many of its
@@ -288,10 +320,13 @@ def expert_reads(actions: torch.Tensor, experts: int, batch: int) -> torch.Tenso
 
     Args:
         actions: ids [N, L, K] of N tokens.
+        experts, top_k: of each layer; ids beyond a layer's top_k are padding.
+        batch: tokens of a step.
     """
     shares = []
-    for ids in actions.unbind(1):
-        frequency = torch.bincount(ids.flatten(), minlength=experts).float() / len(ids)
+    for padded, count, k in zip(actions.unbind(1), experts, top_k, strict=True):
+        ids = padded[:, :k]
+        frequency = torch.bincount(ids.flatten(), minlength=count).float() / len(ids)
         read = 1 - (1 - frequency.clamp_max(1.0)) ** batch
         shares.append((read / (batch * frequency).clamp_min(1e-9))[ids].sum(-1))
     return torch.stack(shares, 1)
@@ -317,11 +352,11 @@ def collect_rollout(
     credited = weights.flip(1).cumsum(1).flip(1) > 0
     inputs, chosen = ([seen[head][part] for head in agent.heads] for part in (0, 1))
     states, actions = (
-        torch.stack(parts, 1).unflatten(0, (rows, steps + 1))[:, :-1] for parts in (inputs, chosen)
+        stacked.unflatten(0, (rows, steps + 1))[:, :-1] for stacked in (torch.stack(inputs, 1), side_by_side(chosen))
     )  # [B, S − 1, L, H] and [B, S − 1, L, K]
     rewards = ((explored - plain) * weights)[..., None].expand(-1, -1, layers).clone()
-    reads = expert_reads(actions[credited], agent.experts, config.latency_batch) * config.latency_batch
-    per_read = config.latency_per_read or (1 / (agent.experts * layers),)
+    reads = expert_reads(actions[credited], agent.experts, agent.top_k, config.latency_batch) * config.latency_batch
+    per_read = config.latency_per_read or (1 / sum(agent.experts),)
     latency = reads * torch.tensor(per_read, device=reads.device)
     rewards[credited] -= config.latency_coef * latency
     values = agent.critic(states.flatten(0, 1)).unflatten(0, (rows, steps)) * credited[..., None]

@@ -18,12 +18,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.encoding import items_sha256
 from leap_serve.errors import LeapError, UsageError
 from leap_serve.tasks.base import Item
+from leap_serve.torch_cut import load_model
 from leap_training.active_learning import Acquisition, Pool, collect
 from leap_training.adapters import wrap
 from leap_training.batches import Batch, collate, token_losses, use_fast_experts
@@ -144,8 +145,7 @@ class Tuner:
         self.checkpoint = Checkpoint.open(folder)
         self.pool = Pool(data.pool, data.tests)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        dtype = getattr(torch, config.dtype)
-        base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(self.accelerator.device)
+        base: Any = load_model(self.checkpoint, getattr(torch, config.dtype)).to(self.accelerator.device)
         base.requires_grad_(False)
         use_fast_experts(base)
         if config.checkpointing:
@@ -216,7 +216,8 @@ class Tuner:
         config, step = self.config, self.progress.tick - self._warmup
         per_round = config.steps // config.rounds
         number, place = divmod(max(step, 0), per_round)
-        if self.pool.rounds == number:
+        # A pool may be smaller than all its rounds; then the run goes on with what is labelled.
+        if self.pool.rounds == number and (number == 0 or self.pool.unlabelled):
             self._label(report)
         items = self._minibatch(number, place) if step >= 0 else self._minibatch(-1, self.progress.tick)
         batch = collate(self.tokenizer, items, 0.0).to(self.accelerator.device)
