@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from leap_serve.errors import CheckpointError
@@ -10,10 +11,15 @@ from leap_serve.errors import CheckpointError
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def resolve_model(model: str, revision: str | None = None) -> Path:
+WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
+"""All that is ever downloaded of a model."""
+
+
+def resolve_model(model: str, revision: str | None = None, wanted: Sequence[str] = WANTED) -> Path:
     """Return the folder of a model: an existing folder, ``leap-tiny``, or a Hugging Face id that is downloaded.
 
-    Only safetensors, JSON, tokenizer and template files are ever downloaded. Raises CheckpointError.
+    Only safetensors, JSON, tokenizer and template files are ever downloaded, of these the ``wanted`` ones.
+    Raises CheckpointError.
     """
     path = Path(model)
     if path.is_dir():
@@ -27,18 +33,17 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
         raise CheckpointError(path, "is a file, not a checkpoint folder", "give the folder that holds config.json")
     if not _HUB_ID.fullmatch(model) or path.parent.is_dir():
         raise CheckpointError(model, "no such folder", "check the path, or give a Hugging Face id such as org/name")
-    return _download(model, revision)
+    return _download(model, revision, wanted)
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, wanted: Sequence[str]) -> Path:
     import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"]
     try:
         found = snapshot_download(
-            model, revision=revision, allow_patterns=wanted, ignore_patterns=["original/*", "consolidated*"]
+            model, revision=revision, allow_patterns=list(wanted), ignore_patterns=["original/*", "consolidated*"]
         )
     except (OSError, ValueError, HfHubHTTPError, httpx.HTTPError) as error:
         reason = str(error).strip().split("\n")[0][:160]

@@ -5,11 +5,15 @@
     profile: {limit: 256}
     search: {method: leap, experts: 16, episodes: 300}
     cut: {}
+    tune: {rounds: 4, steps: 400}
     eval: {limit: 200}
     bench: {kind: latency, rounds: 6}
 
 A stage holds the flags of its verb (``input-tokens: 64`` is ``--input-tokens 64``); a stage that is left
-out does not run. Relative paths of ``data`` are taken from the recipe's folder.
+out does not run. Relative paths are taken from the recipe's folder. What is tuned is what is evaluated and
+measured, and what is exported if ``export`` is a stage. ``eval`` may name tasks of its own; it and ``gate: {file:
+gate.yaml}``, which looks at what is not the task, compare with the full model. The sections of the authors' YAML
+(leap_serve.authors_yaml) may stand beside or in place of stages.
 """
 
 from __future__ import annotations
@@ -17,27 +21,40 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from leap_serve.authors_yaml import SECTIONS, contradictions, translate
 from leap_serve.errors import LeapError, UsageError
+from leap_serve.files import read_json, sha256_of
+from leap_serve.hub import resolve_model
+from leap_serve.tasks.user import SUFFIXES, UserTask
 
-STAGES = ("profile", "search", "cut", "verify", "eval", "bench")
-OURS = {"out", "json", "force", "vs", "base", "task", "data", "results", "state"}
+NEEDS = {
+    "profile": None, "search": "profile", "cut": "search", "verify": "cut", "tune": "cut", "export": "tune",
+    "eval": "cut", "gate": "cut", "bench": "cut",
+}  # fmt: skip
+"""Every stage, in the order of the line, and the one whose product it takes."""
+STAGES = tuple(NEEDS)
+OURS = {"out", "json", "force", "vs", "base", "task", "data", "results", "state", "latency"}
 """Flags that the runner sets itself."""
-STATE = "search"
-"""Folder of a run that an agent's search continues from when it was interrupted; one subfolder per setting."""
+VERBS = {"gate": "eval"}
+"""Stages that are not called as their verbs are."""
+GATE = "gate.json"
+"""What the gate found, also where it found a bound broken."""
+SEARCH, TUNE = "search", "tune"
+"""Folders of a run that the agents continue from when they were interrupted; one subfolder per setting."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
     """One verb to run: its arguments, what it writes below the run's folder (or None), and its key.
 
-    The key is a hash of this stage's arguments and those of all before it: a stage whose key is on
-    record need not run again.
+    The key is a hash of this stage's arguments and those of all before it, and of the files that the recipe
+    names: a stage whose key is on record need not run again.
     """
 
     name: str
@@ -48,12 +65,20 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A parsed recipe. ``stages`` maps the stages to run to their flags, in the order of the line."""
+    """A parsed recipe.
+
+    Args:
+        model: folder, bundled name or model id.
+        task, data: one of both; a task may be the path of a YAML file.
+        stages: the stages to run → their flags, in the order of the line.
+        claims: what the recipe says about the model, see :meth:`check_model`.
+    """
 
     model: str
     task: str | None
     data: str | None
     stages: Mapping[str, Mapping[str, Any]]
+    claims: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path) -> Recipe:
@@ -66,41 +91,113 @@ class Recipe:
             raise LeapError(path, f"is not readable YAML ({' '.join(str(error).split())})", "correct it") from None
         if not isinstance(raw, dict):
             raise LeapError(path, "is not a mapping", "give model, task or data, and stages")
-        problems = list(_problems(raw))
+        ours, claims, problems = translate(raw)
+        problems = problems or list(_problems(ours))
         if problems:
-            raise LeapError(path, "; ".join(problems), f"known keys are model, task, data, {', '.join(STAGES)}")
-        data = str((path.parent / raw["data"]).resolve()) if raw.get("data") else None
-        stages = {name: raw[name] or {} for name in STAGES if name in raw}
-        return cls(str(raw["model"]), raw.get("task"), data, stages)
+            known = ", ".join(("model", "task", "data", *STAGES, *SECTIONS))
+            raise LeapError(path, "; ".join(problems), f"known keys are {known}")
+        data, task = ours.get("data"), ours.get("task")
+        stages = {name: dict(ours[name] or {}) for name in STAGES if name in ours}
+        if "eval" in stages and "task" in stages["eval"]:
+            own = stages["eval"]["task"]
+            stages["eval"]["task"] = [_resolved(path, one) for one in (own if isinstance(own, list) else [own])]
+        if "gate" in stages:
+            stages["gate"]["file"] = str((path.parent / stages["gate"]["file"]).resolve())
+        return cls(
+            str(ours["model"]), _resolved(path, task) if task else None,
+            str((path.parent / data).resolve()) if data else None, stages, claims,
+        )  # fmt: skip
+
+    def check_model(self) -> None:
+        """Raise LeapError with the true values where the model's config.json contradicts the recipe.
+
+        Of a model id only config.json is downloaded for this.
+        """
+        if not self.claims:
+            return
+        where = resolve_model(self.model, wanted=["config.json"]) / "config.json"
+        wrong = list(contradictions(read_json(where), self.claims, where))
+        if wrong:
+            raise LeapError(self.model, "; ".join(wrong), "correct the recipe, or leave out what is wrong")
 
     def plan_of_work(self, out: Path) -> list[Stage]:
         """Return the stages to run, with their arguments for a run in ``out``."""
         source = ["--task", self.task] if self.task else ["--data", str(self.data)]
-        profile, plan, cut = str(out / "profile"), str(out / "plan.json"), str(out / "checkpoint")
+        profile, plan, cut, tuned, plain = (
+            str(out / name) for name in ("profile", "plan.json", "checkpoint", "tuned", "plain")
+        )
+        made = plain if "export" in self.stages else tuned if "tune" in self.stages else cut
         fixed: dict[str, tuple[list[str], str | None]] = {
             "profile": ([self.model, *source, "--out", profile, "--force"], "profile"),
             "search": ([profile, "--out", plan, "--force", *(source if self.task else [])], "plan.json"),
             "cut": ([self.model, plan, "--out", cut, "--force"], "checkpoint"),
             "verify": ([cut, "--base", self.model], None),
-            "eval": ([cut, *(["--task", self.task] if self.task else [])], None),
-            "bench": ([cut, "--vs", self.model, "--results", str(out / "bench.jsonl")], None),
+            "tune": ([cut, *source, "--out", tuned, "--force"], "tuned"),
+            "export": ([tuned, "--out", plain, "--force"], "plain"),
+            "eval": ([made, "--vs", self.model, "--out", str(out / "eval.json")], "eval.json"),
+            "gate": ([made, "--vs", self.model, "--out", str(out / GATE)], GATE),
+            "bench": ([made, "--vs", self.model, "--results", str(out / "bench.jsonl")], None),
         }
         work: list[Stage] = []
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(self._files().encode())
+        calibrated: list[str] = []
         for name, flags in self.stages.items():
             given = dict(flags)
             arguments, writes = fixed[name]
-            argv = [name, *([str(given.pop("kind", "latency"))] if name == "bench" else []), *arguments]
+            verb = ["bench", str(given.pop("kind", "latency"))] if name == "bench" else [VERBS.get(name, name)]
+            argv = [*verb, *arguments]
+            if name == "eval":
+                argv += [word for task in given.pop("task", [self.task]) for word in ("--task", task)]
+            if name == "gate":
+                argv += ["--gate", str(given.pop("file"))]
             for flag, value in given.items():
-                argv += _flag(flag, value)
+                argv += as_flag(flag, value)
             digest.update(json.dumps(argv).encode())
-            if name == "search" and given.get("method") == "leap":
-                argv += ["--state", str(out / STATE / digest.hexdigest()[:12])]
+            state = out / name / digest.hexdigest()[:12]
+            if name == TUNE or (name == SEARCH and given.get("method") == "leap"):
+                argv += ["--state", str(state)]
+            if name == SEARCH and _is_positive(given.get("lambda")):
+                calibrated = ["--latency", str(state / "latency.json")]
+            if name == TUNE and _is_positive(_of(given, "latency-coef")):
+                # The price of an expert read, as the search measured it in the engine.
+                argv += calibrated
             work.append(Stage(name, tuple(argv), writes, digest.hexdigest()))
         return work
 
+    def _files(self) -> str:
+        """Hashes of the files that the recipe names, for a changed one is other data."""
+        named = [Path(self.data)] if self.data else []
+        named += [Path(self.stages["gate"]["file"])] if "gate" in self.stages else []
+        for task in [self.task, *self.stages.get("eval", {}).get("task", [])]:
+            if task and _is_file(task):
+                data = UserTask.load(Path(task)).data
+                named += [Path(task), *(data.values() if isinstance(data, Mapping) else ())]
+        for path in named:
+            if not path.is_file():
+                raise UsageError(path, "the file does not exist", "check the recipe and its task")
+        return " ".join(map(sha256_of, named))
 
-def _flag(name: str, value: Any) -> list[str]:
+
+def _of(flags: Mapping[str, Any], name: str) -> Any:
+    """A flag's value, whether it was written with dashes or underscores."""
+    return flags.get(name, flags.get(name.replace("-", "_")))
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 0
+
+
+def _is_file(task: str) -> bool:
+    return Path(task).suffix in SUFFIXES
+
+
+def _resolved(recipe: Path, task: Any) -> str:
+    """A task's name, or the path of its YAML file from wherever the recipe lies."""
+    return str((recipe.parent / str(task)).resolve()) if _is_file(str(task)) else str(task)
+
+
+def as_flag(name: str, value: Any) -> list[str]:
+    """A flag of the command line: switches by true and false, lists as several values."""
     flag = f"--{name.replace('_', '-')}"
     if isinstance(value, bool):
         return [flag] if value else []
@@ -117,26 +214,38 @@ def _problems(raw: Mapping[Any, Any]) -> Iterator[str]:
         yield "model is missing"
     if bool(raw.get("task")) == bool(raw.get("data")):
         yield "give either task or data"
-    if "eval" in raw and not raw.get("task"):
-        yield "eval needs a task"
-    search = raw.get("search")
-    if isinstance(search, dict):
-        if search.get("method") == "leap" and not raw.get("task"):
-            yield "search.method leap needs a task"
-        for size in ("experts", "budget"):
-            if isinstance(search.get(size), list) and len(search[size]) != 1:
-                yield f"search.{size} lists several budgets, and a run cuts one"
     for name in STAGES:
         flags = raw.get(name) or {}
         if not isinstance(flags, dict):
             yield f"{name} is not a mapping of flags"
             continue
         for flag in flags:
-            if str(flag).replace("_", "-") in OURS:
+            if str(flag).replace("_", "-") in OURS and (name, flag) != ("eval", "task"):
                 yield f"{name}.{flag} is set by the run itself"
+    yield from _wrong_flags(raw)
     have = [name for name in STAGES if name in raw]
-    for name, needs in (("search", "profile"), ("cut", "search"), ("verify", "cut"), ("eval", "cut"), ("bench", "cut")):
-        if name in have and needs not in have:
+    for name in have:
+        needs = NEEDS[name]
+        if needs and needs not in have:
             yield f"{name} needs {needs}"
     if not have:
         yield "no stage is given"
+
+
+def _wrong_flags(raw: Mapping[Any, Any]) -> Iterator[str]:
+    search, evaluated, gate = raw.get("search"), raw.get("eval"), raw.get("gate", {"file": "gate.yaml"})
+    if not (isinstance(gate, dict) and isinstance(gate.get("file"), str)):
+        yield "gate.file is missing, a YAML file of bounds"
+    if "eval" in raw and not raw.get("task") and not (isinstance(evaluated, dict) and evaluated.get("task")):
+        yield "eval needs a task"
+    if not isinstance(search, dict):
+        return
+    if search.get("method") == "leap" and not raw.get("task"):
+        yield "search.method leap needs a task"
+    for size in ("experts", "budget"):
+        if isinstance(search.get(size), list) and len(search[size]) != 1:
+            yield f"search.{size} lists several budgets, and a run cuts one"
+    tune = raw.get("tune")
+    priced = isinstance(tune, dict) and _is_positive(_of(tune, "latency-coef"))
+    if priced and not (search.get("method") == "leap" and _is_positive(search.get("lambda"))):
+        yield "tune.latency-coef needs search.method leap and search.lambda, whose calibration in the engine it uses"

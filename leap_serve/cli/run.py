@@ -3,39 +3,63 @@
 from __future__ import annotations
 
 import argparse
+import importlib.resources
 import json
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from leap_serve.cli.console import say, table
-from leap_serve.errors import LeapError
+from leap_serve.errors import LeapError, UsageError
 from leap_serve.files import read_json, write_json
+from leap_serve.launch import dying_with_parent
 from leap_serve.provenance import made_by
-from leap_serve.recipe import STATE, Recipe, Stage
+from leap_serve.recipe import GATE, SEARCH, TUNE, Recipe, Stage
+from leap_serve.report import write_report
 
 RECORD = "run.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    parser.add_argument("recipe", type=Path, help="a YAML file: model, task or data, and the stages' flags")
+    parser.add_argument(
+        "recipe", type=Path,
+        help=f"a YAML file: model, task or data, and the stages' flags; or one that is bundled: {', '.join(bundled())}",
+    )  # fmt: skip
     parser.add_argument("-o", "--out", type=Path, help="folder of the run (default: runs/<name of the recipe>)")
     parser.add_argument("--again", action="store_true", help="run every stage, also those on record")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run the stages that are not on record for these very settings."""
-    recipe = Recipe.load(args.recipe)
-    out = args.out or Path("runs") / args.recipe.stem
+    path = bundled().get(str(args.recipe), args.recipe)
+    return run_recipe(path, args.out or Path("runs") / path.stem, again=args.again)
+
+
+def bundled() -> dict[str, Path]:
+    """The recipes that leap-serve brings, by name."""
+    folder = Path(str(importlib.resources.files("leap_training") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def run_recipe(path: Path, out: Path, again: bool = False) -> dict[str, Any]:
+    """Run a recipe in a folder; returns {"out", "stages": {name: its verb's result}}.
+
+    Raises LeapError where a stage fails; what was done until then is on record.
+    """
+    recipe = Recipe.load(path)
+    recipe.check_model()
+    if out.exists() and not out.is_dir():
+        raise UsageError(out, "is a file", "give a folder with --out")
     out.mkdir(parents=True, exist_ok=True)
-    path = out / RECORD
-    record: dict[str, Any] = read_json(path) if path.exists() and not args.again else {"stages": {}}
-    known = record.get("stages", {})
-    if args.again:
-        shutil.rmtree(out / STATE, ignore_errors=True)
+    record = out / RECORD
+    known: dict[str, Any] = read_json(record).get("stages", {}) if record.exists() and not again else {}
+    for state in (SEARCH, TUNE) if again else ():
+        shutil.rmtree(out / state, ignore_errors=True)
     done: dict[str, Any] = {}
     for stage in recipe.plan_of_work(out):
         before = known.get(stage.name)
@@ -44,20 +68,52 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             done[stage.name] = before
             continue
         say(f"{stage.name}: leap {' '.join(stage.argv)}")
-        done[stage.name] = {"key": stage.key, "argv": list(stage.argv), "result": _run_verb(stage)}
-        write_json(path, {"recipe": str(args.recipe), "stages": done, "made_by": made_by()})
-    table(f"{args.recipe} → {out}", ["stage", "key"], [[name, entry["key"][:12]] for name, entry in done.items()])
-    return {"out": str(out), "stages": {name: entry["result"] for name, entry in done.items()}}
+        done[stage.name] = {"key": stage.key, "argv": list(stage.argv), "result": _run_stage(stage, out)}
+        write_json(record, {"recipe": str(path), "model": recipe.model, "stages": done, "made_by": made_by()})
+    table(f"{path} → {out}", ["stage", "key"], [[name, entry["key"][:12]] for name, entry in done.items()])
+    report = write_report([out], out / "report.html")
+    say(f"report: {report['out']}")
+    _refuse_broken(out / GATE, done)
+    return {
+        "out": str(out), "report": report["out"], "stages": {name: entry["result"] for name, entry in done.items()},
+    }  # fmt: skip
 
 
-def _run_verb(stage: Stage) -> dict[str, Any]:
-    """Run one verb in a process of its own, which frees whatever memory it took; its progress shows on stderr."""
-    command = [sys.executable, "-m", "leap_serve.cli", *stage.argv, "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+def _run_stage(stage: Stage, out: Path) -> dict[str, Any]:
+    """Run a stage's verb. A gate with broken bounds has a result all the same: the run goes on, and fails at its end."""
+    if stage.name != "gate":
+        return run_verb(stage.argv, f"stage {stage.name}")
+    (out / GATE).unlink(missing_ok=True)
+    try:
+        return run_verb(stage.argv, "stage gate")
+    except LeapError:
+        if not (out / GATE).exists():
+            raise
+        found: dict[str, Any] = read_json(out / GATE)
+        return found
+
+
+def _refuse_broken(gate: Path, done: Mapping[str, Any]) -> None:
+    broken = done["gate"]["result"]["broken"] if "gate" in done else []
+    if broken:
+        what = f"bounds broken: {'; '.join(broken)}"
+        raise LeapError(gate, what, "retain more experts, tune, or loosen the bounds; all else is done")
+
+
+def run_verb(argv: Sequence[str], where: str) -> dict[str, Any]:
+    """Run ``leap ARGV`` and return its result; LeapError where it fails.
+
+    It has a process of its own, which frees whatever memory it took and ends with this one, however this one ends.
+    Its progress shows on standard error.
+    """
+    command = [sys.executable, "-m", "leap_serve.cli", *argv, "--json"]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, preexec_fn=dying_with_parent(signal.SIGKILL)
+    )  # fmt: skip
     lines = done.stdout.strip().splitlines()
     for line in lines[: -1 if done.returncode == 0 else None]:
         say(line)
     if done.returncode:
-        raise LeapError(f"stage {stage.name}", f"ended with status {done.returncode}", "see its message above")
+        raise LeapError(where, f"ended with status {done.returncode}", "see its message above")
     result: dict[str, Any] = json.loads(lines[-1])
     return result

@@ -1,10 +1,8 @@
-"""``leap run``: the whole line from a recipe, and that a second run does nothing twice."""
+"""``leap run``: the whole line from a recipe; killed in a search and while tuning, it goes on where it stopped."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -12,17 +10,24 @@ from pathlib import Path
 
 import pytest
 
+from leap_serve.checkpoint import Checkpoint, check_cut
+from processes import assert_all_gone, children_of
+
 pytestmark = pytest.mark.e2e
 
 RECIPE = """
 model: leap-tiny
 task: toy-gsm
-profile: {limit: 16}
+profile: {limit: 16, engine: torch}
 search: {method: leap, experts: 32, episodes: 60, items: 4, engine: torch}
 cut: {}
 verify: {}
-eval: {limit: 8}
+tune: {rounds: 2, labels: 8, pool: 24, held-out: 8, steps: 40, batch: 4, rank: 2, router-warmup: 1, save-every: 1}
+export: {}
+eval: {limit: 8, engine: torch}
+bench: {batch: 1, rounds: 1, warmup: 0, input-tokens: 8, output-tokens: 4}
 """
+LINE = ["profile", "search", "cut", "verify", "tune", "export", "eval", "bench"]
 
 
 def command(recipe: Path, out: Path) -> list[str]:
@@ -33,45 +38,57 @@ def leap_run(recipe: Path, out: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(recipe, out), capture_output=True, text=True, timeout=400)
 
 
-def kill_in_search(recipe: Path, out: Path) -> int:
-    """Start a run and kill it and its stage when the agent has saved a state; returns the plans evaluated by then."""
-    process = subprocess.Popen(command(recipe, out), start_new_session=True, stdout=subprocess.DEVNULL)
+def kill_when_there_is(pattern: str, recipe: Path, out: Path) -> Path:
+    """Start a run and kill it, and it alone, once a stage has saved a state; returns the state's file."""
+    process = subprocess.Popen(command(recipe, out), stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 400
-    while not (states := list(out.glob("search/*/search.json"))):
+    while not (states := list(out.glob(pattern))):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    children = children_of(process.pid)
+    assert children
+    process.kill()
     process.wait(timeout=60)
-    evaluations: int = json.loads(states[0].read_text())["progress"]["evaluations"]
-    return evaluations
+    assert_all_gone(children)  # a stage that lived on would write beside the next run's
+    return states[0]
 
 
 def test_run_and_resume(tmp_path: Path) -> None:
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "run"
     recipe.write_text(RECIPE)
-    assert 0 < kill_in_search(recipe, out) < 60
+    state = kill_when_there_is("search/*/search.json", recipe, out)
+    assert 0 < json.loads(state.read_text())["progress"]["evaluations"] < 60
     assert not (out / "plan.json").exists()
+    kill_when_there_is("tune/*/state.safetensors", recipe, out)
+    assert (out / "plan.json").exists() and not (out / "tuned").exists()
+
     first = leap_run(recipe, out)
     assert first.returncode == 0, first.stderr[-2000:]
-    assert first.stdout.count("on record, not run again") == 1
-    result = json.loads(first.stdout.strip().splitlines()[-1])
-    assert result["stages"]["search"]["evaluations"] == 60
+    assert first.stdout.count("on record, not run again") == 4
+    result = json.loads(first.stdout.strip().splitlines()[-1])["stages"]
+    assert list(result) == LINE
+    assert result["search"]["evaluations"] == 60
     assert json.loads((out / "plan.json").read_text())["made_by"]["method"] == "leap"
-    assert result["stages"]["cut"]["retained"] == [32] * 4
-    assert 0 <= result["stages"]["eval"]["tasks"]["toy-gsm"]["score"] <= 1
+    assert result["cut"]["retained"] == [32] * 4
+    assert [row["tick"] for row in result["tune"]["curve"]] == [21, 41]
+    assert result["export"]["plugin"] is False and "adapter/adapter_model.safetensors" in result["export"]["merged"]
+    check_cut(Checkpoint.open(out / "plain"))
+    assert result["eval"]["model"] == str(out / "plain")
+    assert 0 <= result["eval"]["tasks"]["toy-gsm"]["score"] <= 1
+    assert [side["label"] for side in result["bench"]["rows"][0]["contenders"]] == ["plain", "leap-tiny"]
 
     # As if it had been killed during the cut: what is missing runs again, what is there does not.
     record = json.loads((out / "run.json").read_text())
-    for name in ("cut", "verify", "eval"):
+    for name in LINE[2:]:
         del record["stages"][name]
     (out / "run.json").write_text(json.dumps(record))
-    recipe.write_text(RECIPE.replace("eval: {limit: 8}\n", ""))
+    recipe.write_text(RECIPE.partition("tune:")[0])
     second = leap_run(recipe, out)
     assert second.returncode == 0, second.stderr[-2000:]
     assert second.stdout.count("on record, not run again") == 2
-    assert json.loads(second.stdout.strip().splitlines()[-1])["stages"]["cut"] | {"seconds": 0} == result["stages"][
-        "cut"
-    ] | {"seconds": 0}
+    assert json.loads(second.stdout.strip().splitlines()[-1])["stages"]["cut"] | {"seconds": 0} == result["cut"] | {
+        "seconds": 0
+    }
 
     recipe.write_text(RECIPE.replace("experts: 32", "experts: 1000"))
     failed = leap_run(recipe, out)

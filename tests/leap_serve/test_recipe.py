@@ -63,9 +63,73 @@ def test_keys_follow_from_everything_before(tmp_path: Path) -> None:
     assert all(a.key != b.key for a, b in zip(one[1:], two[1:], strict=True))
 
 
+def test_what_is_tuned_is_what_comes_after(tmp_path: Path) -> None:
+    text = GOOD.replace("cut:", "tune: {steps: 40, no-lora: true}\ncut:")
+    stages = {one.name: one.argv for one in Recipe.load(write(tmp_path, text)).plan_of_work(Path("out"))}
+    assert list(stages) == ["profile", "search", "cut", "tune", "eval", "bench"]
+    tune = stages["tune"]
+    assert tune[:6] == ("tune", "out/checkpoint", "--task", "toy-gsm", "--out", "out/tuned")
+    assert tune[tune.index("--steps") + 1] == "40" and "--no-lora" in tune and "true" not in tune
+    assert tune[tune.index("--state") + 1].startswith("out/tune/")
+    assert stages["eval"][1] == stages["bench"][2] == "out/tuned"
+    stages = {one.name: one.argv for one in Recipe.load(write(tmp_path, text + "export:\n")).plan_of_work(Path("out"))}
+    assert stages["export"][:4] == ("export", "out/tuned", "--out", "out/plain")
+    assert stages["eval"][1] == stages["bench"][2] == "out/plain"
+
+
+def test_the_router_pays_what_the_search_measured(tmp_path: Path) -> None:
+    text = GOOD.replace("method: reap", "method: leap, lambda: 0.1") + "tune: {latency-coef: 0.2}\n"
+    stages = {one.name: one.argv for one in Recipe.load(write(tmp_path, text)).plan_of_work(Path("out"))}
+    state = stages["search"][stages["search"].index("--state") + 1]
+    assert stages["tune"][stages["tune"].index("--latency") + 1] == f"{state}/latency.json"
+    with pytest.raises(LeapError, match=r"tune.latency-coef needs search.method leap and search.lambda"):
+        Recipe.load(write(tmp_path, text.replace(", lambda: 0.1", "")))
+
+
+def test_other_data_under_the_same_name_is_other_work(tmp_path: Path) -> None:
+    text = GOOD.replace("task: toy-gsm", "data: train.jsonl").replace("eval: {limit: 8}", "")
+    recipe = write(tmp_path, text)
+    with pytest.raises(LeapError, match=r"train.jsonl: the file does not exist"):
+        Recipe.load(recipe).plan_of_work(Path("out"))
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"prompt": "a", "answer": "b"}\n')
+    one = Recipe.load(recipe).plan_of_work(Path("out"))
+    data.write_text('{"prompt": "a", "answer": "c"}\n')
+    two = Recipe.load(recipe).plan_of_work(Path("out"))
+    assert all(a.argv == b.argv and a.key != b.key for a, b in zip(one, two, strict=True))
+
+
+def test_the_gate_is_an_evaluation_against_the_full_model(tmp_path: Path) -> None:
+    (tmp_path / "gate.yaml").write_text("checks: []")
+    stages = Recipe.load(write(tmp_path, GOOD + "gate: {file: gate.yaml, engine: torch}\n")).plan_of_work(Path("out"))
+    assert [one.name for one in stages][-2:] == ["gate", "bench"]
+    assert stages[-2].argv == (
+        "eval", "out/checkpoint", "--vs", "leap-tiny", "--out", "out/gate.json", "--gate", str(tmp_path / "gate.yaml"),
+        "--engine", "torch",
+    )  # fmt: skip
+    with pytest.raises(LeapError, match=r"gate\.file is missing"):
+        Recipe.load(write(tmp_path, GOOD + "gate: {}\n"))
+
+
+def test_a_task_file_is_found_from_the_recipes_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text('prompt: "{q}"\nanswer: a\nmetric: exact match\nsplits: {train: rows.jsonl}\n')
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"q": "1", "a": "2"}\n')
+    recipe = write(
+        tmp_path, GOOD.replace("toy-gsm", "mine.yaml").replace("{limit: 8}", "{task: [mine.yaml, toy-xsum]}")
+    )
+    stages = Recipe.load(recipe).plan_of_work(Path("out"))
+    assert stages[0].argv[2:4] == ("--task", str(tmp_path / "mine.yaml"))
+    assert stages[3].argv[-4:] == ("--task", str(tmp_path / "mine.yaml"), "--task", "toy-xsum")
+    rows.write_text('{"q": "1", "a": "3"}\n')
+    assert all(a.key != b.key for a, b in zip(stages, Recipe.load(recipe).plan_of_work(Path("out")), strict=True))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("model: m\ntask: t\nprofile: {}\nsearch: {}\ncut: {}\nexport: {}", "export needs tune"),
+        ("model: m\ntask: t\nprofile: {task: x}", "profile.task is set by the run itself"),
         ("[1]", "not a mapping"),
         ("model: [", "not readable YAML"),
         ("model: leap-tiny\nprofile: {}", "either task or data"),
