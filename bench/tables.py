@@ -244,11 +244,12 @@ def _labels(rows: Rows, method: str, level: float) -> str:
     if not means:
         return EMPTY
     reached = [labels for labels, mean in means.items() if mean >= level]
-    seeds = min(map(len, found.values()))
+    least = min(map(len, found.values()))
+    seeds = f"{least} seed{'s' if least > 1 else ''}"
     if reached:
         at_most = "≤ " if reached[0] == min(means) else ""
-        return f"{at_most}{reached[0]:,} ({seeds} seeds)"
-    return f"not reached with {max(means):,}: {100 * max(means.values()):.1f} % ({seeds} seeds)"
+        return f"{at_most}{reached[0]:,} ({seeds})"
+    return f"not reached with {max(means):,}: {100 * max(means.values()):.1f} % ({seeds})"
 
 
 def parts(rows: Rows) -> Table:
