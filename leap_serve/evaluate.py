@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from leap_serve.engine import Completion, Model, NoLogprobsError, Progress, Score, mean_loss
 from leap_serve.errors import UsageError
 from leap_serve.metrics import pass_at_k
-from leap_serve.statistics import Interval, bootstrap, paired_bootstrap
+from leap_serve.statistics import Interval, bootstrap, paired_bootstrap, proportion
 from leap_serve.tasks.base import Detailed, Item, Split, Task
 from leap_serve.tasks.text import Text
 
@@ -73,9 +73,12 @@ class Evaluation:
 
     @property
     def interval(self) -> Interval:
-        """The score with its bootstrap interval over items; of a text that of its perplexity over windows."""
+        """The score with its interval: Wilson's where items are right or wrong, else the bootstrap over items.
+
+        Of a text it is the perplexity, with the bootstrap over windows.
+        """
         if not self.of_text:
-            return bootstrap(self.per_item)
+            return (proportion if set(self.per_item) <= {0.0, 1.0} else bootstrap)(self.per_item)
         found = bootstrap(*_by_token(self.scores))
         low, high = perplexity(found.low), perplexity(found.high)
         return Interval(perplexity(found.mean), low, high, found.confidence, found.n)

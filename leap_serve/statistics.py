@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -17,10 +19,9 @@ _CELLS = 8_000_000  # counts drawn at a time: 64 MB of float64
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean over ``n`` items with its percentile bootstrap interval [low, high] at ``confidence``.
+    """A mean over ``n`` items with its interval [low, high] at ``confidence``: what another draw of items may change.
 
-    The interval says what another draw of items would change; with one item, or items that are all alike, it has
-    no width and says nothing.
+    A bootstrap interval of one item, or of items that are all alike, has no width and says nothing.
     """
 
     mean: float
@@ -32,6 +33,20 @@ class Interval:
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""
         return asdict(self)
+
+
+def proportion(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """Return the mean of values that are 0 or 1 with Wilson's interval (1927), which has a width at 0 % and 100 %, too.
+
+    Raises LeapError without values.
+    """
+    n = len(values)
+    if not n:
+        raise LeapError("proportion", "0 values", "give one per item")
+    mean, z = sum(values) / n, NormalDist().inv_cdf((1 + confidence) / 2)
+    middle = (mean + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+    return Interval(mean, max(0.0, middle - half), min(1.0, middle + half), confidence, n)
 
 
 def bootstrap(

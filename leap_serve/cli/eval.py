@@ -30,7 +30,8 @@ UNFINISHED = Path("runs") / "eval"
 EPILOG = """\
 Answers are kept as they come, in FILE.answers.jsonl beside --out FILE.json (without --out in runs/eval, until the
 command ends): the same command goes on where it was killed. The key for an endpoint is read from OPENAI_API_KEY.
-Loss is the mean negative log-likelihood per answer token in nats; intervals are 95 % bootstrap intervals over items.
+Loss is the mean negative log-likelihood per answer token in nats. Intervals are at 95 %: of a difference by paired
+bootstrap over items; of a score Wilson's where items are right or wrong, by bootstrap otherwise.
 """
 
 

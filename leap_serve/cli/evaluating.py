@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,11 @@ def work_of(args: argparse.Namespace) -> list[Work]:
     if args.data is not None and len(names) > 1:
         raise UsageError("--data", f"is given for {len(names)} tasks", "evaluate them one by one")
     sampling = Sampling(args.samples, args.temperature, tuple(args.k), args.seed)
-    return [_work(args, name, sampling) for name in names]
+    work = [_work(args, name, sampling) for name in names]
+    twice = sorted(name for name, count in Counter(one.name for one in work).items() if count > 1)
+    if twice:
+        raise UsageError("--task", f"{len(work)} tasks, and several are called {twice[0]}", "give them other names")
+    return work
 
 
 def _work(args: argparse.Namespace, name: str, sampling: Sampling) -> Work:

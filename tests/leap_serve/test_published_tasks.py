@@ -166,6 +166,7 @@ def test_all_real_code_passes_its_own_tests(shared_data: Path) -> None:
     for split, expected in (("train", 374), ("validation", 90), ("test", 164)):
         items = code.items(split)  # type: ignore[arg-type]
         assert sum(code.score(items, [item.answer for item in items])) == expected
+        assert split == "train" or sum(code.score(items, [""] * expected)) == 0
 
 
 def test_every_published_task_is_known_by_name() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from leap_serve.errors import LeapError
-from leap_serve.statistics import bootstrap, paired_bootstrap
+from leap_serve.statistics import bootstrap, paired_bootstrap, proportion
 
 
 def test_agrees_with_plain_resampling() -> None:
@@ -42,6 +42,15 @@ def test_pairing_takes_out_what_items_share() -> None:
 def test_the_same_data_get_the_same_interval() -> None:
     assert bootstrap([0, 1, 1]) == bootstrap([0, 1, 1])
     assert paired_bootstrap([1.0] * 5, [1.0] * 5).high == 0.0
+
+
+def test_right_or_wrong_has_wilson_s_interval() -> None:
+    # Newcombe 1998, table I, method 3.
+    for right, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)):  # fmt: skip
+        found = proportion([1.0] * right + [0.0] * (n - right))
+        assert (found.low, found.high) == pytest.approx((low, high), abs=5e-5) and found.mean == right / n
+    with pytest.raises(LeapError, match="0 values"):
+        proportion([])
 
 
 def test_what_does_not_fit_is_refused() -> None:
