@@ -24,6 +24,7 @@ VERBS = {
     "tune": "repair and specialise a cut: routing agent and experts, on actively chosen items",
     "export": "merge what tuning learned into the weights: a plain checkpoint",
     "serve": "serve a checkpoint with vLLM's OpenAI-compatible server",
+    "compare": "put prompts to several models of one server: answers and speed side by side",
     "bench": "measure latency, throughput, memory or serving, one checkpoint or two interleaved",
     "eval": "score a checkpoint or an endpoint on tasks, against another, or at the off-domain gate",
     "report": "show what runs left on disk as one self-contained HTML page",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,77 +15,21 @@ import openai
 import pytest
 import torch
 
-from families import make_checkpoint
-from leap_serve.adapter import RouterHead, write_overlays
-from leap_serve.checkpoint import Checkpoint
-from leap_serve.cut import cut
-from leap_serve.launch import Server
+from leap_serve.cli import main
 from leap_serve.plan import Plan
 from leap_serve.server_admin import ADMIN_HEADER
 from parity import TOLERANCE, uneven_plan
-from processes import SERVER_ENV
 from serving import Job, serve
-from tiny_tokenizer import add_tokenizer
+from sharing import BASE, LONG, SHORT, TOKENS, Shared, ask, manage, sharing
+from storm import rage, resident_mib
 
 pytestmark = pytest.mark.e2e
-BASE, ADMIN = "base", {ADMIN_HEADER: "sk-admin"}
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-SHORT, LONG = "Once upon a time", "The quick brown fox jumps over the lazy dog. " * 4
-"""LONG is more than a block of the KV cache (128 tokens), so that there is something to find in the prefix cache."""
-TOKENS = 10
-
-
-@dataclass(frozen=True)
-class Shared:
-    """A served model and its specialists: server, folder of the model, folder of each specialist's cut."""
-
-    server: Server
-    model: Path
-    cuts: dict[str, Path]
-    state: Path
-
-
-def plans_of(model: Path) -> dict[str, Plan]:
-    """Three uneven plans: with τ, of one expert per token, and one whose router is tuned below."""
-    lone = uneven_plan(model, 3)
-    return {
-        "math": uneven_plan(model, 1),
-        "code": replace(lone, layers={index: replace(layer, top_k=1) for index, layer in lone.layers.items()}),
-        "law": uneven_plan(model, 2, (1.0,) * 4),
-        "tuned": uneven_plan(model, 4),
-    }
-
-
-def tune(folder: Path) -> None:
-    """Lay a router head beside a cut that changes what its layers choose, all but the second's."""
-    checkpoint, draw = Checkpoint.open(folder), torch.Generator().manual_seed(0)
-    assert checkpoint.plan is not None
-    head = {
-        index: RouterHead(torch.randn(len(layer.retained), 64, generator=draw) * 0.2)
-        for index, layer in checkpoint.plan.layers.items()
-        if index != 1
-    }
-    write_overlays(folder, router_head=head, adapter=None, made_by={"version": "test", "argv": ["pytest"]})
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
-    folder = tmp_path_factory.mktemp("specialists")
-    model = add_tokenizer(make_checkpoint("qwen3_moe", folder / "model"))
-    cuts = {name: folder / name for name in plans_of(model)}
-    for name, plan in plans_of(model).items():
-        cut(model, plan, cuts[name])
-    tune(cuts["tuned"])
-    named = [f"--specialist={name}={path / 'leap.json'}" for name, path in cuts.items()]
-    flags = [*named, "--name", BASE, "--dtype", "float32", "--admin-key", "sk-admin", "--state", str(folder / "state")]
-    vllm = ["--", "--chat-template", TEMPLATE, "--max-num-seqs", "64", "--max-model-len", "256"]
-    with Server(model, [*flags, *vllm], {**SERVER_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}) as server:
-        yield Shared(server, model, cuts, folder / "state")
-
-
-def ask(shared: Shared, model: str, prompt: str, **more: Any) -> httpx.Response:
-    body = {"model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, **more}
-    return httpx.post(f"{shared.server.url}/v1/completions", json=body, timeout=120)
+    with sharing(tmp_path_factory.mktemp("specialists")) as running:
+        yield running
 
 
 Answer = tuple[list[int], list[dict[int, float]]]
@@ -162,8 +106,8 @@ def test_every_way_of_asking_reaches_the_specialist(shared: Shared) -> None:
         assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == text
         assert {chunk.model for chunk in chunks} == {name}
         assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == TOKENS
-        several = ask(shared, name, SHORT, n=2, prompt=[SHORT, SHORT]).json()["choices"]
-        assert [choice["text"] for choice in several] == [text] * 4
+        several = ask(shared, name, [SHORT, SHORT]).json()["choices"]
+        assert [choice["text"] for choice in several] == [text] * 2
     beams = [
         ask(shared, name, SHORT, use_beam_search=True, n=2).json()["choices"][0]["text"] for name in (BASE, "code")
     ]
@@ -202,11 +146,6 @@ def test_metrics_count_each_specialist(shared: Shared) -> None:
             "leap:specialist_requests_total": 2, "leap:specialist_prompt_tokens_total": 2 * len(SHORT),
             "leap:specialist_generation_tokens_total": 2 * TOKENS, "leap:specialist_requests_running": 0,
         }  # fmt: skip
-
-
-def manage(shared: Shared, method: str, path: str = "", **more: Any) -> httpx.Response:
-    url = f"{shared.server.url}/v1/leap/specialists{path}"
-    return httpx.request(method, url, **{"headers": ADMIN, "timeout": 120, **more})
 
 
 def test_specialists_come_and_go_while_others_answer(shared: Shared) -> None:
@@ -304,3 +243,54 @@ def test_what_does_not_fit_is_refused_with_the_reason(shared: Shared, family_che
             assert manage(shared, method, headers=headers).status_code == 401
     after = manage(shared, "GET").json()
     assert [{**one, "running": 0} for one in after["data"]] == [{**one, "running": 0} for one in before["data"]]
+
+
+def test_answers_and_speed_side_by_side(shared: Shared, capsys: pytest.CaptureFixture[str]) -> None:
+    ask_for = ["--models", "base,math,code", "--prompt", SHORT, "--max-tokens", "6", "--rounds", "2", "--completion"]
+    assert main(["compare", shared.server.url, *ask_for, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    for row, name in zip(rows, (BASE, "math", "code"), strict=True):
+        said = ask(shared, name, SHORT, max_tokens=6, ignore_eos=False).json()
+        assert (row["model"], row["text"]) == (name, said["choices"][0]["text"])
+        assert (row["prompt_tokens"], row["completion_tokens"]) == (len(SHORT), said["usage"]["completion_tokens"])
+        assert 0 < row["ttft_ms"] <= row["e2el_ms"]
+    assert main(["compare", f"{shared.server.url}/v1", "--models", "maths", "--prompt", "a"]) == 1
+    assert "serves no 'maths', but base, math, code, law, tuned" in capsys.readouterr().err
+    assert main(["compare", "http://127.0.0.1:1", "--models", "a", "--prompt", "a"]) == 1
+    assert "cannot be reached" in capsys.readouterr().err
+
+
+def check_quiet(shared: Shared) -> None:
+    """Nothing runs, nothing is left behind."""
+    deadline = time.monotonic() + 60
+    running = "vllm:num_requests_running{"
+    while time.monotonic() < deadline:
+        lines = httpx.get(f"{shared.server.url}/metrics", timeout=30).text.splitlines()
+        if all(
+            line.endswith(" 0.0") for line in lines if line.startswith((running, "leap:specialist_requests_running"))
+        ):
+            break
+        time.sleep(0.2)
+    else:
+        pytest.fail("requests are still counted as running")
+    assert not [line for line in lines if "guest" in line]
+    assert [one["name"] for one in manage(shared, "GET").json()["data"]] == list(shared.cuts)
+    assert json.loads(shared.state.read_text())["specialists"] == []
+
+
+def test_a_little_of_everything_at_once(shared: Shared) -> None:
+    storm = rage(shared, requests=60, concurrency=16)
+    assert not storm.wrong, storm.wrong[:5]
+    assert len(storm.done) == 8, "every kind should have been drawn"
+    check_quiet(shared)
+
+
+@pytest.mark.slow
+def test_two_thousand_of_everything_at_once(shared: Shared) -> None:
+    rage(shared, requests=600, concurrency=32, seed=1)
+    warm = resident_mib(shared.server.pid)
+    storm = rage(shared, requests=2000, concurrency=32, seed=2)
+    assert storm.done.total() == 2000 and not storm.wrong, storm.wrong[:5]
+    check_quiet(shared)
+    grown = resident_mib(shared.server.pid) - warm
+    assert grown < 32, f"{grown:.0f} MiB more than after 600 requests"

@@ -1,0 +1,87 @@
+"""A full model and four specialists behind one server, and how tests ask it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from families import make_checkpoint
+from leap_serve.adapter import RouterHead, write_overlays
+from leap_serve.checkpoint import Checkpoint
+from leap_serve.cut import cut
+from leap_serve.launch import Server
+from leap_serve.plan import Plan
+from leap_serve.server_admin import ADMIN_HEADER
+from parity import uneven_plan
+from processes import SERVER_ENV
+from tiny_tokenizer import add_tokenizer
+
+BASE, ADMIN = "base", {ADMIN_HEADER: "sk-admin"}
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+SHORT, LONG = "Once upon a time", "The quick brown fox jumps over the lazy dog. " * 4
+"""LONG is more than a block of the KV cache (128 tokens), so that there is something to find in the prefix cache."""
+TOKENS = 10
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A served model and its specialists: server, folder of the model, folder of each specialist's cut."""
+
+    server: Server
+    model: Path
+    cuts: dict[str, Path]
+    state: Path
+
+
+def plans_of(model: Path) -> dict[str, Plan]:
+    """Three uneven plans: with τ, of one expert per token, and one whose router is tuned below."""
+    lone = uneven_plan(model, 3)
+    return {
+        "math": uneven_plan(model, 1),
+        "code": replace(lone, layers={index: replace(layer, top_k=1) for index, layer in lone.layers.items()}),
+        "law": uneven_plan(model, 2, (1.0,) * 4),
+        "tuned": uneven_plan(model, 4),
+    }
+
+
+def tune(folder: Path) -> None:
+    """Lay a router head beside a cut that changes what its layers choose, all but the second's."""
+    checkpoint, draw = Checkpoint.open(folder), torch.Generator().manual_seed(0)
+    assert checkpoint.plan is not None
+    head = {
+        index: RouterHead(torch.randn(len(layer.retained), 64, generator=draw) * 0.2)
+        for index, layer in checkpoint.plan.layers.items()
+        if index != 1
+    }
+    write_overlays(folder, router_head=head, adapter=None, made_by={"version": "test", "argv": ["pytest"]})
+
+
+@contextmanager
+def sharing(folder: Path) -> Iterator[Shared]:
+    """Serve a random fp32 model and its specialists, among them one with a router head, from files in ``folder``."""
+    model = add_tokenizer(make_checkpoint("qwen3_moe", folder / "model"))
+    cuts = {name: folder / name for name in plans_of(model)}
+    for name, plan in plans_of(model).items():
+        cut(model, plan, cuts[name])
+    tune(cuts["tuned"])
+    named = [f"--specialist={name}={path / 'leap.json'}" for name, path in cuts.items()]
+    flags = [*named, "--name", BASE, "--dtype", "float32", "--admin-key", "sk-admin", "--state", str(folder / "state")]
+    vllm = ["--", "--chat-template", TEMPLATE, "--max-num-seqs", "64", "--max-model-len", "256"]
+    with Server(model, [*flags, *vllm], {**SERVER_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}) as server:
+        yield Shared(server, model, cuts, folder / "state")
+
+
+def ask(shared: Shared, model: str, prompt: str | list[str], **more: Any) -> httpx.Response:
+    body = {"model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, **more}
+    return httpx.post(f"{shared.server.url}/v1/completions", json=body, timeout=120)
+
+
+def manage(shared: Shared, method: str, path: str = "", **more: Any) -> httpx.Response:
+    url = f"{shared.server.url}/v1/leap/specialists{path}"
+    return httpx.request(method, url, **{"headers": ADMIN, "timeout": 120, **more})
