@@ -88,6 +88,8 @@ def _add_searching(parser: argparse.ArgumentParser, searched: tuple[str, ...]) -
     agent = parser.add_argument_group("agent", "for leap")
     agent.add_argument("--stop", action="store_true", help="let plans keep fewer than the budget (global only)")
     agent.add_argument("--batch", type=int, help="episodes per update")
+    agent.add_argument("--learning-rate", type=float, help="of the policy's shared weights")
+    agent.add_argument("--ppo-epochs", type=int, help="passes over the episodes of an update")
     agent.add_argument("--patience", type=int, help="stop after so many updates without a better plan")
     agent.add_argument("--state", type=Path, help="folder to save after every update, and to continue from")
     agent.add_argument("--warm", type=Path, help="policy of an earlier search to start with")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from leap_training.pruning_space import Latency, Ledger, PruningSpace, Reward
     from leap_training.saliency import Scores
 
-SETTINGS = ("batch", "patience", "reward", "shaping")
+SETTINGS = ("batch", "learning_rate", "ppo_epochs", "patience", "reward", "shaping")
 """Flags that are fields of the agent's settings; left out, they are the agent's own defaults."""
 CALIBRATED = 16
 """Plans that the latency model is made from, a quarter of which only judge it."""
