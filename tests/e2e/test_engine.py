@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from leap_serve.checkpoint import Checkpoint
+from leap_serve.encoding import Encoded
 from leap_serve.engine import Engine
 from leap_serve.errors import LeapError, UnsupportedError
 from leap_serve.tasks.base import Item
@@ -54,6 +55,19 @@ def test_progress_counts_up_to_the_end(either: Engine) -> None:
     seen: list[tuple[int, int]] = []
     either.generate(PROMPTS, 3, progress=lambda done, total: seen.append((done, total)))
     assert seen == sorted(seen) and seen[-1] == (4, 4)
+
+
+def test_each_outcome_is_told_as_it_comes(either: Engine) -> None:
+    told: tuple[dict[int, object], ...] = ({}, {}, {})
+    answers = either.generate(PROMPTS, 6, each=told[0].__setitem__)
+    scores = either.score(ITEMS, each=told[1].__setitem__)
+    assert [[one[place] for place in range(4)] for one in told[:2]] == [answers, scores]
+    # The same by token ids: <s> prompt, answer </s>.
+    prompts = either.tokenize([item.prompt for item in ITEMS], prefix=True)
+    answered = either.tokenize([item.answer for item in ITEMS])
+    assert [ids[0] for ids in prompts] == [1] * 4 and all(1 not in ids for ids in answered)
+    pairs = [Encoded(one, [*other, 2]) for one, other in zip(prompts, answered, strict=True)]
+    assert either.score_ids(pairs, each=told[2].__setitem__) == scores == [told[2][place] for place in range(4)]
 
 
 def test_a_stop_string_ends_the_text_before_it(either: Engine) -> None:

@@ -1,0 +1,94 @@
+"""A proxy before a real server that can fail first: with a status, with nonsense, or by hanging up."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import httpx
+
+
+class Proxy:
+    """What passed: ``asked`` holds the path and body of every request that was forwarded.
+
+    ``faults`` are spent one per request before anything is forwarded: a status, "html" (a page with status 200),
+    or "hang up". ``key`` is demanded where it is set.
+    """
+
+    def __init__(self, target: str) -> None:
+        self.target, self.url = target, ""
+        self.faults: list[int | str] = []
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.tries = 0
+        self.key: str | None = None
+        self.lock = threading.Lock()
+
+    def prompts(self) -> list[Any]:
+        """The prompts of all completions so far."""
+        return [body["prompt"] for path, body in self.asked if path == "/v1/completions"]
+
+
+@contextmanager
+def proxy_before(target: str) -> Iterator[Proxy]:
+    """Run a proxy on a free port of the loopback interface until the block is left."""
+    proxy = Proxy(target)
+    client = httpx.Client(base_url=target, timeout=120)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._pass(b"")
+
+        def do_POST(self) -> None:
+            self._pass(self.rfile.read(int(self.headers.get("content-length", 0))))
+
+        def _pass(self, body: bytes) -> None:
+            with proxy.lock:
+                proxy.tries += 1
+                fault = proxy.faults.pop(0) if proxy.faults else None
+            if fault == "hang up":
+                self.connection.close()
+                self.close_connection = True
+            elif fault == "html":
+                self._answer(200, b"<html>welcome</html>")
+            elif isinstance(fault, int):
+                self._answer(fault, b'{"error": {"message": "as the test\\nwants it"}}', [("retry-after", "0")])
+            elif proxy.key is not None and self.headers.get("authorization") != f"Bearer {proxy.key}":
+                self._answer(401, b"{}")
+            else:
+                with proxy.lock:
+                    proxy.asked.append((self.path, json.loads(body or b"{}")))
+                told = client.request(
+                    self.command, self.path, content=body, headers={"content-type": "application/json"}
+                )
+                self._answer(told.status_code, told.content)
+
+        def _answer(self, status: int, content: bytes, more: list[tuple[str, str]] | None = None) -> None:
+            try:
+                self.send_response(status)
+                for name, value in [("content-length", str(len(content))), *(more or [])]:
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+            except OSError:
+                self.close_connection = True  # the client was killed
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    proxy.url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield proxy
+    finally:
+        server.shutdown()
+        server.server_close()
+        client.close()
