@@ -103,7 +103,9 @@ def part_of_expert(role: Role) -> Literal["gate", "up", "down"] | None:
     found = PROJECTIONS.get(role.after.removeprefix(".").removesuffix(".weight"))
     if found is None:
         return None
-    return "down" if found[0] == "down_proj" else ("gate", "up")[found[1]]  # type: ignore[return-value]
+    if found[0] == "down_proj":
+        return "down"
+    return "up" if found[1] else "gate"
 
 
 def check_overlays(checkpoint: Checkpoint) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 from leap_serve import plan_extras
 from leap_serve.errors import LeapError, PlanError
 from leap_serve.files import read_json, write_json
-from leap_serve.plan_extras import Merge, Zeroed
+from leap_serve.plan_extras import Merge as Merge  # one import serves whoever makes plans
+from leap_serve.plan_extras import Zeroed as Zeroed
 
 FORMAT_VERSIONS = (1, 2)
 """Version 2 is written where a layer has extras (plan_extras.py) or weights are zeroed, version 1 otherwise."""

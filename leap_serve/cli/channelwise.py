@@ -109,8 +109,4 @@ def _check(args: argparse.Namespace, source: Profile | Checkpoint) -> Profile:
             raise UsageError(f"--{flag.replace('_', '-')}", f"means nothing to {args.method}", "leave it out")
     if whole and (args.top_k is not None or args.allocation != "uniform"):
         raise UsageError("--top-k, --allocation", f"{where} keeps them as they are", "leave them out")
-    if args.on is not None and args.method != "intra":
-        raise UsageError("--on", f"means nothing to {args.method}", "leave it out")
-    if args.zero and args.method != "moe-pruner":
-        raise UsageError("--zero", f"means nothing to {args.method}", "leave it out")
     return source

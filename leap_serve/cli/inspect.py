@@ -11,7 +11,12 @@ from leap_serve.checkpoint import OPTIMIZER, Checkpoint, check_cut, check_expert
 from leap_serve.cli.console import say, table
 from leap_serve.errors import LeapError
 from leap_serve.flops import flops_per_token, parameters
-from leap_serve.plan import Plan
+from leap_serve.plan import LayerPlan, Plan
+
+EXTRAS = {
+    "channels": "channels", "skip": "β", "mean_rank": "mean rank", "merged": "merged of up to", "router_map": "map on",
+}  # fmt: skip
+"""What a plan may say of a layer beyond experts, top_k and τ → its column."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,10 +46,27 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "retained_share": sum(plan.counts) / (len(plan.counts) * plan.num_experts),
         "layers": [
             {"layer": index, "retained": len(layer.retained), "top_k": layer.top_k, "temperature": layer.temperature}
+            | _extras(layer)
             for index, layer in plan.layers.items()
         ],
+        "zeroed": plan.zeroed.to_json() if plan.zeroed else None,
         "made_by": dict(plan.made_by),
     }
+
+
+def _extras(layer: LayerPlan) -> dict[str, Any]:
+    """What a layer's plan says beyond experts, top_k and τ."""
+    found: dict[str, Any] = {}
+    if layer.width is not None:
+        found["channels"] = layer.width
+    if layer.skip is not None:
+        found["skip"] = layer.skip
+    if layer.ranks:
+        found["mean_rank"] = sum(layer.ranks) / len(layer.ranks)
+    if layer.merge is not None:
+        found["merged"] = max(len(row) for row in layer.merge.experts)
+        found["router_map"] = layer.merge.applied if layer.merge.router else None
+    return found
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -75,6 +97,10 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "flops_per_token": flops_per_token(checkpoint),
         "problem": problem,
     }
+
+
+def _cell(value: Any) -> str:
+    return "–" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _problem(checkpoint: Checkpoint) -> str | None:
@@ -110,10 +136,14 @@ def _show(name: str, result: dict[str, Any]) -> None:
             ["made by", " ".join(map(str, result["made_by"].get("argv", []))) or "unknown"],
         ]
     table(name, ["", "value"], rows)
+    more = [key for key in EXTRAS if any(key in one for one in result["layers"])]
     layers = [
         [one["layer"], f"{one['retained']} of {result['num_experts']}", one["top_k"], f"{one['temperature']:g}"]
+        + [_cell(one.get(key)) for key in more]
         for one in result["layers"]
     ]
-    table("MoE layers", ["layer", "experts", "top_k", "τ"], layers)
+    table("MoE layers", ["layer", "experts", "top_k", "τ", *(EXTRAS[key] for key in more)], layers)
+    if zeroed := result.get("zeroed"):
+        say(f"weights zeroed: {100 * zeroed['ratio']:g} % by {zeroed['pattern']}; a dense kernel saves nothing by it")
     if result.get("problem"):
         say(f"PROBLEM: {result['problem']}")

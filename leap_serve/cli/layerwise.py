@@ -224,13 +224,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--guard-super-experts", "is for one-shot methods", "leave it out")
     if lexi and (args.top_k is not None or (args.on is not None and args.temperature != (1.0,))):
         raise UsageError("--top-k, --temperature", "lexi chooses top_k, and --on brings its own τ", "leave it out")
-    if not lexi and (args.on is not None):
-        raise UsageError("--on", f"means nothing to {args.method}", "leave it out")
     if not lexi and args.task is None:
         raise UsageError(where, "needs --task", f"choose one of {', '.join(TASKS)}")
-    for flag, owners in (("skip", ("naee", "naee-progressive")), ("rank", ("moe-i2",))):
-        if getattr(args, flag) and args.method not in owners:
-            raise UsageError(f"--{flag}", f"means nothing to {args.method}", "leave it out")
     if args.items < 1:
         raise UsageError("--items", f"is {args.items}", "give 1 or more")
     for flag in ("warm", "save_policy", "stop", "lookahead", "measure", "tensorboard"):

@@ -121,6 +121,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Choose, write the plans and show them."""
     from leap_training.methods.registry import CHANNELWISE, LAYERWISE, TASKWISE
 
+    _check_own(args)
     sizes = _sizes(args)
     _check_out(args, len(sizes))
     source = _source(args.source)
@@ -223,6 +224,20 @@ def _sizes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     if len(dict(given)) < len(given):
         raise UsageError("--budget, --experts", "name a size twice", "give each once")
     return dict(given)
+OWN = {
+    "skip": ("naee", "naee-progressive"), "rank": ("moe-i2",), "zero": ("moe-pruner",), "on": ("lexi", "intra"),
+    "steps": ("tsep",), "train_items": ("tsep",), "tuned": ("tsep",),
+}  # fmt: skip
+"""Flag → the methods that know it."""
+
+
+def _check_own(args: argparse.Namespace) -> None:
+    """Refuse a flag that belongs to another method."""
+    for flag, methods in OWN.items():
+        if getattr(args, flag) is not None and getattr(args, flag) is not False and args.method not in methods:
+            raise UsageError(f"--{flag.replace('_', '-')}", f"means nothing to {args.method}", "leave it out")
+
+
 
 
 def _check_out(args: argparse.Namespace, budgets: int) -> None:

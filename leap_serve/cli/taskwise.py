@@ -116,9 +116,7 @@ def _check(args: argparse.Namespace, sizes: int) -> None:
         raise UsageError(where, "needs --task", f"choose one of {', '.join(TASKS)}")
     if len(args.temperature) > 1:
         raise UsageError("--temperature", f"{where} does not search it", "give one value")
-    others = ("guard_super_experts", "stop", "lookahead", "measure", "warm", "save_policy", "tensorboard", "on", "skip")
-    own = ("steps", "train_items", "tuned") if args.method == "eep" else ()
-    for flag in (*others, "rank", "zero", *own):
+    for flag in ("guard_super_experts", "stop", "lookahead", "measure", "warm", "save_policy", "tensorboard"):
         if getattr(args, flag):
             raise UsageError(f"--{flag.replace('_', '-')}", f"means nothing to {args.method}", "leave it out")
     if args.tuned is not None and sizes > 1:

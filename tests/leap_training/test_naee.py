@@ -12,6 +12,7 @@ import torch
 
 from cut_blocks import ITEMS, cut_block, open_model, output_of
 from leap_serve.cli import main
+from leap_serve.flops import flops_per_token
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.torch_subsets import masked_routers
 from leap_training.methods import naee as module
@@ -131,3 +132,52 @@ def test_every_method_of_search_is_listed(capsys: pytest.CaptureFixture[str]) ->
     names = [one.name for one in METHODS]
     assert sorted(names) == sorted([*ONE_SHOT, *CHANNELWISE, *SEARCHES, *LAYERWISE, *TASKWISE, "leap"])
     assert all(name in shown for name in names)
+
+
+def test_skipping_is_part_of_the_plan_and_its_flops_are_those_of_a_counted_pass(
+    family_checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = open_model(family_checkpoint, "qwen3_moe", tmp_path)
+    ids, every = model.encode(ITEMS), tuple(range(E))
+    plan = naee(model, ids, space_of(model, E), tmp_path / "x", LayerResults(None, {}), skip=True)
+    assert all(layer.retained == every and layer.skip is not None for layer in plan.layers.values())
+    assert {str(i): layer.skip for i, layer in plan.layers.items()} == plan.made_by["dynamic_skipping"]["beta"]
+    # β is the median of the ratio, so half of the tokens use one expert of two.
+    captured = model.capture(ids, tmp_path / "again", [1])
+    x = torch.cat([captured.read(item, 1) for item in range(len(ids))])
+    with torch.no_grad():
+        best = (x @ model.layers[1].router.weight.T).softmax(-1).topk(2, -1).values
+    strong = float((best[:, 1] >= plan.layers[1].skip * best[:, 0]).double().mean())
+    active = plan.made_by["dynamic_skipping"]["active_experts"]["1"]
+    assert active == pytest.approx(1 + strong, abs=1.5 / len(x)) and 1.4 < active < 1.6
+
+    net, used = model.model, {index: 0 for index in plan.layers}
+    net.set_attn_implementation("eager")
+    net.set_experts_implementation("eager")
+    for index, layer in plan.layers.items():
+
+        def skip(_m: Any, _a: Any, out: Any, index: int = index, beta: float = layer.skip or 0) -> Any:
+            keep = out[1] >= beta * out[1].amax(-1, keepdim=True)
+            used[index] += int(keep.sum())
+            return out[0], out[1], out[2].masked_fill(~keep, E)  # transformers computes nothing for expert E
+
+        model.layers[index].router.register_forward_hook(skip)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net(torch.tensor([ids[0][:8]]), use_cache=False)
+    attention = 4 * 2 * 2 * 2 * 32 * 8 * 8
+    mean = {index: count / 8 for index, count in used.items()}
+    assert 8 < sum(used.values()) < 4 * 8 * 2
+    assert counter.get_total_flops() - attention == 8 * flops_per_token(model.checkpoint, plan, mean)
+    assert flops_per_token(model.checkpoint, plan, mean) < flops_per_token(model.checkpoint, plan)
+
+    llama = open_model(family_checkpoint, "llama4_text", tmp_path).checkpoint.folder
+    command = ["search", str(llama), "--method", "naee", "--experts", "8", "--task", "toy-gsm", "--skip"]
+    assert main([*command, "-o", str(tmp_path / "p.json")]) == 1
+    assert "none to skip" in capsys.readouterr().err
+    assert (
+        main(["search", str(llama), "--method", "random", "--experts", "8", "--skip", "-o", str(tmp_path / "p.json")])
+        == 2
+    )
+    assert "--skip: means nothing to random" in capsys.readouterr().err and not (tmp_path / "p.json").exists()

@@ -90,8 +90,9 @@ class TaskLoss:
     @torch.inference_mode()  # type: ignore[untyped-decorator, unused-ignore]
     def __call__(self, one: Candidate) -> float:
         """Evaluate one candidate."""
+        experts, router = (torch.from_numpy(maps).to(self.model.device) for maps in (one.experts, one.router))
         layers = {
-            index: Maps(*(torch.from_numpy(maps[at]).to(self.model.device) for maps in (one.experts, one.router)), k)
+            index: Maps(experts[at], router[at], k)
             for at, (index, k) in enumerate(zip(self.space.layers, self.space.top_k, strict=True))
         }
         total, tokens = 0.0, 0.0

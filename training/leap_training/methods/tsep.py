@@ -156,7 +156,15 @@ class Tsep:
         )
 
     def save_tuned(self, out: Path, plan: Plan, force: bool = False) -> Plan:
-        """Write the cut of the tuned model to ``out``; returns its plan, whose base is the tuned full model."""
+        """Write the cut of the tuned model to ``out``, in the dtype that the full one is stored in.
+
+        Returns its plan, whose base is the tuned full model: the model is cast, so that this comes last.
+        """
+        stored = next(
+            entry.dtype for name, entry in self.model.checkpoint.tensors.items()
+            if self.model.checkpoint.role(name).kind in ("expert", "fused")
+        )  # fmt: skip
+        self.model.model.to({"BF16": torch.bfloat16, "F16": torch.float16}.get(stored, torch.float32))
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.full-") as folder:
             self.model.model.save_pretrained(folder)
