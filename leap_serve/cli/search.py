@@ -128,8 +128,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     plans: dict[str, tuple[Plan, dict[str, Any]]]
     if args.method in ONE_SHOT:
         plans = {label: (_one_shot(args, source, size), {}) for label, size in sizes.items()}
-    elif args.method in LAYERWISE:
-        plans = layerwise.layerwise(args, source, sizes)
     elif args.method in CHANNELWISE:
         plans = channelwise.channelwise(args, source, sizes)
     elif args.method in TASKWISE:
@@ -224,6 +222,8 @@ def _sizes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     if len(dict(given)) < len(given):
         raise UsageError("--budget, --experts", "name a size twice", "give each once")
     return dict(given)
+
+
 OWN = {
     "skip": ("naee", "naee-progressive"), "rank": ("moe-i2",), "zero": ("moe-pruner",), "on": ("lexi", "intra"),
     "steps": ("tsep",), "train_items": ("tsep",), "tuned": ("tsep",),
@@ -236,8 +236,6 @@ def _check_own(args: argparse.Namespace) -> None:
     for flag, methods in OWN.items():
         if getattr(args, flag) is not None and getattr(args, flag) is not False and args.method not in methods:
             raise UsageError(f"--{flag.replace('_', '-')}", f"means nothing to {args.method}", "leave it out")
-
-
 
 
 def _check_out(args: argparse.Namespace, budgets: int) -> None:
