@@ -165,8 +165,8 @@ class Engine(Model, Protocol):
         """Make the layers whole again, bit for bit; harmless when they are."""
         ...
 
-    def profile(self, items: Sequence[Item], progress: Progress | None = None) -> Profile:
-        """Collect the experts' statistics over prompt + answer of every item (methods: §0)."""
+    def profile(self, items: Sequence[Item], progress: Progress | None = None, *, channels: bool = False) -> Profile:
+        """Collect the experts' statistics over prompt + answer of every item (methods: §0), channel sums if asked."""
         ...
 
     def generate_timed(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[RequestTiming]:

@@ -172,7 +172,7 @@ class VllmEngine:
         """Make the layers whole again, bit for bit; harmless when they are."""
         vllm_plans.restore(self)
 
-    def profile(self, items: Sequence[Item], progress: Progress | None = None) -> Profile:
+    def profile(self, items: Sequence[Item], progress: Progress | None = None, *, channels: bool = False) -> Profile:
         """Collect the experts' statistics over prompt + answer of every item, in the kernels that serve.
 
         Every token of prompt and answer passes the router once; generated tokens do not count. Raises
@@ -182,7 +182,7 @@ class VllmEngine:
 
         from leap_serve.profile import check_request, from_worker
 
-        check_request(self.checkpoint, items)
+        check_request(self.checkpoint, items, channels)
         if self._applied:
             raise UnsupportedError(
                 "profile", "a plan is applied, and profiles are of the full model", "restore it first"
@@ -193,7 +193,7 @@ class VllmEngine:
         ids = [e.prompt + e.answer for e in encoded]
         encoding.check_lengths([len(i) for i in ids], self.max_model_len - 1, "item")
         params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, skip_reading_prefix_cache=True)
-        self._rpc("leap_start_profile")
+        self._rpc("leap_start_profile", str(self.model) if channels else None)
         try:
             self._run(ids, params, progress)
             collected = self._rpc("leap_read_profile")[0]
