@@ -158,7 +158,8 @@ def admin_router(specialists: Specialists, key: str) -> APIRouter:
     router = APIRouter(prefix="/v1/leap", route_class=guarded(key), tags=["leap"])
 
     def refusals(*codes: int) -> dict[int | str, dict[str, Any]]:
-        return {code: {"model": Refusal} for code in (400, 401, *codes)}
+        # FastAPI would promise 422 for what is answered with 400.
+        return {code: {"model": Refusal} for code in (400, 401, 422, *codes)}
 
     @router.get("/specialists", responses=refusals())
     async def list_specialists() -> Cards:
