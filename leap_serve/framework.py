@@ -142,9 +142,10 @@ class LEAPFramework:
             full: the full model to compare sizes with; None takes the one that was optimized.
             flags: of ``leap eval``, for instance limit=200.
 
-        Returns {"accuracy": mean of the task's metric in [0, 1], "interval" of it, "metric", "loss" in nats per answer token, "items",
-        "flops_per_token", "weights_gib"} and, where the full model is known, "flop_reduction" and "weights_reduction":
-        the full model's over this one's. Pruning alone leaves the FLOPs of a token as they were (top_k decides them).
+        Returns {"accuracy": mean of the task's metric in [0, 1], "interval" of it, "metric", "loss" in nats per answer
+        token, "items", "flops_per_token", "weights_gib"} and, where the full model is known, "flop_reduction" and
+        "weights_reduction": the full model's over this one's. Pruning alone leaves the FLOPs of a token as they were;
+        top_k decides them.
         """
         task = self._task({"test": test_data})
         found_at = self.out / f"eval-{Path(model).name}-{Path(task).stem}.json"
@@ -154,9 +155,9 @@ class LEAPFramework:
         (found,) = run_verb(argv, "evaluate")["tasks"].values()
         own = Checkpoint.open(resolve_model(str(model)))
         result = {
-            "accuracy": found["score"], "metric": found["metric"], "loss": found["loss"], "items": found["items"],
-            "interval": found["interval"],
-            "flops_per_token": flops_per_token(own), "weights_gib": own.weight_bytes / 2**30,
+            "accuracy": found["score"], "interval": found["interval"], "metric": found["metric"],
+            "loss": found["loss"], "items": found["items"], "flops_per_token": flops_per_token(own),
+            "weights_gib": own.weight_bytes / 2**30,
         }  # fmt: skip
         known = full or self._full
         if known is not None:

@@ -45,7 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     labels.add_argument("--patience", type=int, default=3, help="rounds without gain that end the run; 0: never")
     parts = parser.add_argument_group("parts, each of which can be left out")
     parts.add_argument("--no-rl-router", action="store_true", help="no router steps")
-    parts.add_argument("--supervised-router", action="store_true", help="expert steps also move the routers")
+    parts.add_argument(
+        "--supervised-router",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="expert steps also move the routers",
+    )
     parts.add_argument(
         "--active-learning", action=argparse.BooleanOptionalAction,
         help="choose the items to label (default: on, off for humaneval and mbpp as in the paper); --no-: random batches",
@@ -59,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     knobs.add_argument("--rank", type=int, default=16, help="of the experts' adapters")
     knobs.add_argument("--learning-rate", type=float, default=3e-3)
     knobs.add_argument("--lr-warmup", type=int, default=50, help="steps over which that rate rises")
-    knobs.add_argument("--router-learning-rate", type=float, default=1e-3)
+    knobs.add_argument("--router-learning-rate", type=float, default=1e-4)
     knobs.add_argument("--router-every", type=int, default=4, help="expert steps per router step")
     knobs.add_argument("--router-warmup", type=int, default=20, help="router steps before the first expert step")
     knobs.add_argument("--exploration", default="gumbel", choices=("epsilon", "gumbel"))
@@ -168,14 +173,14 @@ def _source(args: argparse.Namespace) -> Path:
 def _tuner(args: argparse.Namespace, source: Path) -> Tuner:
     from leap_training.tune import Tuner
 
-    config, data = _config(args), _data(args)
+    config, data = _config(args, source), _data(args)
     if args.max_length is not None:
         data = _shorter(data, source, args.max_length)
     state = args.state or source.parent / f"{source.name}.tune"
     return Tuner(source, data, config, state)
 
 
-def _config(args: argparse.Namespace) -> TuneConfig:
+def _config(args: argparse.Namespace, source: Path) -> TuneConfig:
     import torch
 
     from leap_training.active_learning import Acquisition
@@ -195,23 +200,35 @@ def _config(args: argparse.Namespace) -> TuneConfig:
         dtype=args.dtype or ("bfloat16" if torch.cuda.is_available() and not rival else "float32"),
         checkpointing=args.checkpointing, save_every=args.save_every,
         router=RouterConfig(learning_rate=args.router_learning_rate, kl_coef=args.kl_coef, ent_coef=args.ent_coef,
-                            latency_coef=args.latency_coef, latency_per_read=_per_read(args.latency)),
+                            latency_coef=args.latency_coef, **_price(args, source)),
         exploration=Exploration(args.exploration, args.noise, args.epsilon),
         acquisition=Acquisition(strategy="active" if chosen and not rival else "random", uncertainty=args.uncertainty,
                                 diversity=args.diversity, div_coef=args.div_coef),
     )  # fmt: skip
 
 
-def _per_read(path: Path | None) -> tuple[float, ...]:
-    """What one more expert read costs, by a calibration of leap_training.latency."""
-    if path is None:
-        return ()
+def _price(args: argparse.Namespace, source: Path) -> dict[str, Any]:
+    """What one more expert read costs a decode step of how many tokens, as a calibration in the engine measured it."""
+    if args.latency is None:
+        if args.latency_coef > 0:
+            raise UsageError(
+                "--latency-coef", "needs --latency, a calibration in the engine that serves",
+                "name the latency.json that leap search --lambda X --state DIR leaves in DIR",
+            )  # fmt: skip
+        return {}
     from leap_training.latency import LatencyModel
 
-    model = LatencyModel.load(path)
+    model, plan = LatencyModel.load(args.latency), Checkpoint.open(source).plan
     if model.form == "counts":
-        raise UsageError(path, "knows the number of experts, not how many are read", "calibrate with another form")
-    return model.coefficients[1:-1]
+        what = "knows the number of experts, not how many are read"
+        raise UsageError(args.latency, what, "calibrate with another form")
+    if plan is not None and plan.base.sha256 != model.base_sha256:
+        raise UsageError(args.latency, f"was measured on another model than {plan.base.id}", "calibrate on this one")
+    say(
+        f"latency model of {model.workload.batch} tokens a step: off by {100 * model.mape[model.form]:.1f} % on "
+        f"{model.held_out} plans it was not fitted to"
+    )
+    return {"latency_per_read": model.coefficients[1:-1], "latency_batch": model.workload.batch}
 
 
 def _data(args: argparse.Namespace) -> TuneData:

@@ -101,7 +101,7 @@ def test_what_is_left_beside_the_cut_exports_to_what_was_measured(
 ) -> None:
     """Router forced by a large supervised rate; the exported checkpoint has the loss that the run reported."""
     out, plain = tmp_path / "tuned", tmp_path / "plain"
-    line = command(even_cut, "--supervised-router", "--learning-rate", "0.01", "-o", str(out), "--json")[3:]
+    line = command(even_cut, "--learning-rate", "0.01", "-o", str(out), "--json")[3:]
     assert main(line) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     report = json.loads((out / "tune.json").read_text())
@@ -139,6 +139,8 @@ def test_refusals_come_before_any_model_is_loaded(
         ([str(even_cut)], 2, "exactly one is needed"),
         ([str(even_cut), "--task", "toy-gsm", "--steps", "7"], 2, "7 steps do not divide into 10 rounds"),
         ([str(even_cut), "--task", "toy-gsm", "--no-lora", "--no-rl-router"], 2, "nothing is left to tune"),
+        ([str(even_cut), "--task", "toy-gsm", "--latency-coef", "0.1"], 2, "needs --latency, a calibration"),
+        ([str(even_cut), "--task", "toy-gsm", "--max-length", "5", "--pool", "9"], 2, "of the 9 pool items has"),
     ):  # fmt: skip
         assert main(["tune", *line]) == status, line
         error = capsys.readouterr().err
