@@ -54,12 +54,15 @@ def engine_scores(folder: Path, items: Sequence[Any]) -> list[Any]:
         engine.close()
 
 
+TWO_PROCESSES = [
+    sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0",
+]  # fmt: skip
 ENVIRONMENT = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def test_a_killed_run_continues_to_the_same_curve_and_two_processes_agree(even_cut: Path, tmp_path: Path) -> None:
     whole, killed, two = (tmp_path / name for name in ("whole", "killed", "two"))
-    flags = ["--save-every", "1", "--no-rl-router"]
+    flags = ["--save-every", "1", "--no-rl-router", "--no-supervised-router"]
 
     def start(out: Path, state: str, launcher: Sequence[str] = ()) -> subprocess.Popen[bytes]:
         line = command(even_cut, *flags, "-o", str(out), "--state", str(tmp_path / f"state-{state}"), launcher=launcher)
@@ -80,20 +83,24 @@ def test_a_killed_run_continues_to_the_same_curve_and_two_processes_agree(even_c
     weights = [(folder / "adapter" / "adapter_model.safetensors").read_bytes()[-4096:] for folder in (whole, killed)]
     assert weights[0] == weights[1]
     # Accelerate, two processes on the CPU: the same items, half of them each, and so the same losses.
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "0",
-    ]
-    assert start(two, "three", launcher).wait(timeout=300) == 0
+    assert start(two, "three", TWO_PROCESSES).wait(timeout=300) == 0
     for ours, theirs in zip(curve_of(two), curve_of(whole), strict=True):
         assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], abs=1e-4)
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_roll_out_their_own_rows_and_learn_one_router(even_cut: Path, tmp_path: Path) -> None:
+    """The value baseline and the routers move by both processes' samples; a process without rows is refused."""
+    out = tmp_path / "two"
+    line = command(even_cut, "--router-warmup", "4", "-o", str(out), launcher=TWO_PROCESSES)
+    assert subprocess.run(line, env=ENVIRONMENT, timeout=600).returncode == 0
+    for row in curve_of(out):
+        assert row["router"]["updates"] >= 1 and row["router"]["kl_sliced"] > 0
+    few = subprocess.run(
+        [*line, "--force", "--batch", "1"], env=ENVIRONMENT, timeout=600, capture_output=True, text=True
+    )
+    assert few.returncode != 0 and "1 items in a step for 2 processes" in few.stderr
 
 
 def test_what_is_left_beside_the_cut_exports_to_what_was_measured(
@@ -138,7 +145,7 @@ def test_refusals_come_before_any_model_is_loaded(
         ([str(even_cut), "--task", "toy-gsm", "--baseline", "vanilla", "-o", str(tmp_path / "x")], 2, "frequency"),
         ([str(even_cut)], 2, "exactly one is needed"),
         ([str(even_cut), "--task", "toy-gsm", "--steps", "7"], 2, "7 steps do not divide into 10 rounds"),
-        ([str(even_cut), "--task", "toy-gsm", "--no-lora", "--no-rl-router"], 2, "nothing is left to tune"),
+        ([str(even_cut), "--task", "toy-gsm", "--no-lora", "--no-rl-router", "--no-supervised-router"], 2, "nothing is left to tune"),
         ([str(even_cut), "--task", "toy-gsm", "--latency-coef", "0.1"], 2, "needs --latency, a calibration"),
         ([str(even_cut), "--task", "toy-gsm", "--max-length", "5", "--pool", "9"], 2, "of the 9 pool items has"),
     ):  # fmt: skip
