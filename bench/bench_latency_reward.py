@@ -1,6 +1,6 @@
 """Does λ buy latency? Plans searched with and without a latency term, at the same budget, timed in the engine that serves.
 
-    python bench/bench_latency_reward.py                     # a random model of 6 uneven layers, about a quarter of an hour
+    python bench/bench_latency_reward.py                     # a random model of 4 uneven layers, about ten minutes
     python bench/bench_latency_reward.py --model leap-tiny   # the same on the bundled model
 
 What can differ at one budget is the allocation: D(c) distinct experts of c are read per step, and D is concave, so
@@ -40,18 +40,18 @@ from leap_training.pruning_space import Ledger, PruningSpace, Reward
 from leap_training.saliency import Routing, scores
 
 RESULTS = Path(__file__).parent / "results" / "latency_reward.jsonl"
-CONTRIBUTIONS = (0.06, 0.02, 0.04, 0.02, 0.06, 0.03)
+CONTRIBUTIONS = (0.05, 0.02, 0.04, 0.03)
 """Spread of the layers' down projections: what their experts add to the residual stream."""
 
 
 def make_model(folder: Path, seed: int = 0) -> Path:
-    """A random Qwen3-MoE whose weights are nearly all experts: 6 layers of 64, top-4, hidden 512; leap-tiny's tokenizer."""
+    """A random Qwen3-MoE whose weights are nearly all experts: 4 layers of 32, top-2, hidden 512, 768 wide; leap-tiny's tokenizer."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(seed)
     config = Qwen3MoeConfig(
-        vocab_size=1024, hidden_size=512, moe_intermediate_size=256, num_experts=64, num_experts_per_tok=4,
+        vocab_size=1024, hidden_size=512, moe_intermediate_size=768, num_experts=32, num_experts_per_tok=2,
         num_hidden_layers=len(CONTRIBUTIONS), num_attention_heads=4, num_key_value_heads=1, head_dim=64,
         norm_topk_prob=True, tie_word_embeddings=False, max_position_embeddings=1024, bos_token_id=None,
         eos_token_id=0, pad_token_id=0,
@@ -107,10 +107,10 @@ def searched(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="random-uneven")
+    parser.add_argument("--model", default="random-uneven-4x32")
     parser.add_argument("--budget", type=float, default=0.5)
-    parser.add_argument("--latency-coef", type=float, default=1.0)
-    parser.add_argument("--episodes", type=int, default=160)
+    parser.add_argument("--latency-coef", type=float, default=4.0)
+    parser.add_argument("--episodes", type=int, default=240)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--items", type=int, default=4)
     parser.add_argument("--plans", type=int, default=20, help="measured to calibrate on, a quarter of them held out")
@@ -120,7 +120,7 @@ def main() -> None:
     load = Workload("decode", input_tokens=16, output_tokens=32, batch=args.batch)
     items = load_task(next(iter(TASKS))).items("validation", args.items)
     with tempfile.TemporaryDirectory() as folder:
-        model = make_model(Path(folder, "model")) if args.model == "random-uneven" else resolve_model(args.model)
+        model = make_model(Path(folder, "model")) if args.model == "random-uneven-4x32" else resolve_model(args.model)
         engine = VllmEngine(model, dtype="float32", kv_cache_gib=0.25, max_model_len=256)
         space = PruningSpace.of(Routing.of(Checkpoint.open(model)), budget=args.budget, allocation="global")
         profile = engine.profile(items)

@@ -106,10 +106,11 @@ def test_a_state_of_another_run_or_a_damaged_one_is_refused(small_cut: Path, tmp
 @pytest.mark.parametrize(
     ("switch", "moves"),
     [
-        ({"rl_router": False}, {"experts"}),
-        ({"experts": "none"}, {"router"}),
-        ({"rl_router": False, "supervised_router": True, "experts": "none"}, {"router"}),
-        ({"experts": "full", "rl_router": False}, {"experts"}),
+        ({"rl_router": False, "supervised_router": False}, {"experts"}),
+        ({"experts": "none", "supervised_router": False}, {"router"}),
+        ({"rl_router": False, "experts": "none"}, {"router"}),
+        ({"experts": "full", "rl_router": False, "supervised_router": False}, {"experts"}),
+        ({"rl_router": False}, {"experts", "router"}),
     ],
 )
 def test_a_part_that_is_switched_off_stays_as_it_was(small_cut: Path, switch: dict[str, Any], moves: set[str]) -> None:
@@ -130,8 +131,9 @@ def test_the_best_round_comes_back_and_patience_ends_the_run(small_cut: Path) ->
     """Validation items that contradict the pool: the more is learned, the worse they get."""
     contrary = replace(DATA, stopping=[Item(f"v/{n}", item.prompt, "XYZXYZ") for n, item in enumerate(DATA.stopping)])
     config = replace(
-        SMALL, rounds=6, steps=36, labels=6, patience=2, rl_router=False, experts="full", learning_rate=0.02
-    )
+        SMALL, rounds=6, steps=36, labels=6, patience=2, rl_router=False, supervised_router=False, experts="full",
+        learning_rate=0.02,
+    )  # fmt: skip
     tuner = Tuner(small_cut, contrary, config)
     tuner.run()
     losses = [row["validation_loss"] for row in tuner.progress.curve]
@@ -141,7 +143,7 @@ def test_the_best_round_comes_back_and_patience_ends_the_run(small_cut: Path) ->
 
 
 def gradients(folder: Path, **settings: Any) -> dict[str, torch.Tensor]:
-    tuner = Tuner(folder, DATA, replace(SMALL, supervised_router=True, **settings))
+    tuner = Tuner(folder, DATA, replace(SMALL, **settings))
     batch = collate(tuner.tokenizer, DATA.pool[:5], 0.0)
     with torch.no_grad():
         for name, parameter in tuner.experts.items():
@@ -243,7 +245,7 @@ def test_a_pool_that_is_used_up_ends_the_labelling_but_not_the_run(small_cut: Pa
 
 def test_settings_that_cannot_run_are_all_named() -> None:
     with pytest.raises(UsageError, match=r"labels is 0; 6 steps do not divide into 4 rounds; nothing is left to tune"):
-        replace(SMALL, labels=0, rounds=4, experts="none", rl_router=False).check()
+        replace(SMALL, labels=0, rounds=4, experts="none", rl_router=False, supervised_router=False).check()
 
 
 def test_the_report_names_labels_curve_and_origin(whole: Tuner) -> None:

@@ -289,7 +289,7 @@ class RouterConfig:
         latency_batch: tokens of that decode step.
     """
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-4
     ppo_epochs: int = 4
     gamma: float = 0.5
     gae_lambda: float = 1.0
