@@ -26,7 +26,9 @@ def load_model(checkpoint: Checkpoint, dtype: str | torch.dtype) -> Any:
     Raises LeapError where transformers refuses it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     folder, plan = checkpoint.folder, checkpoint.plan
     try:
         if plan is None or plan.is_uniform:

@@ -49,9 +49,7 @@ class TorchEngine:
         max_model_len: int | None = None,
     ) -> None:
         from transformers import AutoTokenizer
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
         folder = resolve_model(str(model))
         self.checkpoint = Checkpoint.open(folder)
         _check_merged(self.checkpoint)
