@@ -179,6 +179,40 @@ def moe_layers(model: nn.Module) -> dict[int, Any]:
     }  # fmt: skip
 
 
+def widen_gate(model: nn.Module, layer: int, name: str, built: int, rows: int) -> None:
+    """Give MoE layer l's router ``rows`` rows instead of the ``built`` ones, before any weight is loaded."""
+    gates = [
+        module for path, module in model.named_modules()
+        if path.endswith(f".{name}") and f".layers.{layer}." in f".{path}" and hasattr(module, "output_size")
+    ]  # fmt: skip
+    if len(gates) != 1 or gates[0].weight.shape[0] != built:
+        raise UnsupportedError(
+            f"layer {layer}", "has no plain router whose rows a map could lead from", "serve it with another vLLM"
+        )
+    gate: Any = gates[0]
+    for tensor in gate.parameters():
+        tensor.data = tensor.data.new_empty(rows, *tensor.shape[1:])
+    gate.output_size = gate.output_size_per_partition = rows
+    gate.output_partition_sizes = [rows]
+
+
+def renormalises(router: Any) -> bool:
+    """Whether a router makes the weights of the chosen experts sum to a constant."""
+    return bool(getattr(router, "renormalize", False))
+
+
+def softmax_routing(router: Any) -> tuple[int, bool]:
+    """Return (top_k, whether it renormalises) of a plain softmax router; UnsupportedError for any other."""
+    grouped = bool(getattr(router, "use_grouped_topk", False)) or type(router).__name__ == "GroupedTopKRouter"
+    custom = getattr(router, "custom_routing_function", None)
+    biased = getattr(router, "e_score_correction_bias", None) is not None
+    if getattr(router, "scoring_func", "softmax") != "softmax" or grouped or custom is not None or biased:
+        raise UnsupportedError(
+            type(router).__name__, "is no plain softmax router, which a router map follows", "choose another method"
+        )
+    return int(router.top_k), renormalises(router)
+
+
 # Observing MoE layers ---------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from leap_serve.architectures import Family
 from leap_serve.errors import UnsupportedError
 from leap_serve.plan import Plan
 from leap_vllm import compat, loader
-from leap_vllm.router import apply_temperature
+from leap_vllm.router import apply_plan
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +31,10 @@ class LeapModel:
         self.leap_cut = cut
         for layer, runner in compat.moe_layers(self).items():
             check_layer(layer, runner, cut.plan)
-            if (temperature := cut.plan.layers[layer].temperature) != 1.0:
-                apply_temperature(runner.router, temperature)
+            planned = cut.plan.layers[layer]
+            if planned.maps_router:
+                compat.widen_gate(self, layer, self.leap_family.router, len(planned.retained), cut.plan.num_experts)
+            apply_plan(runner.router, planned, cut.plan.num_experts, next(runner.routed_experts.parameters()).device)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the cut checkpoint, router head and adapter merged in if there are any."""
@@ -55,15 +57,16 @@ def overlay(config: Any, values: Mapping[str, int]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def built_to_plan(config: Any, family: Family, plan: Plan) -> Iterator[None]:
-    """While open, decoder layer l of a model under construction sees ITS expert count and top_k in the config."""
+    """While open, decoder layer l of a model under construction sees ITS expert count, top_k and width in the config."""
 
     def sizes(layer: int) -> contextlib.AbstractContextManager[None]:
         planned = plan.layers.get(layer)
         if planned is None:  # a dense layer
             return contextlib.nullcontext()
-        return overlay(
-            config, {family.num_experts_key: len(planned.retained), family.top_k_key: planned.top_k}
-        )  # fmt: skip
+        values = {family.num_experts_key: len(planned.retained), family.top_k_key: planned.top_k}
+        if planned.width is not None:
+            values[family.width_key] = planned.width
+        return overlay(config, values)
 
     with compat.build_layers_with(sizes):
         yield
@@ -79,9 +82,10 @@ def check_layer(layer: int, runner: Any, plan: Plan) -> None:
             f"layer {layer}", f"vLLM built {built[0]} experts, top_k {built[1]}, the plan says {expected}",
             "serve without redundant or fused shared experts, or report this",
         )  # fmt: skip
-    if planned.temperature != 1.0 and runner.is_monolithic:
+    ours = planned.temperature != 1.0 or planned.maps_router or planned.skip is not None
+    if ours and runner.is_monolithic:
         raise UnsupportedError(
-            f"layer {layer}", f"has router temperature {planned.temperature}, but vLLM's MoE kernel routes by itself",
+            f"layer {layer}", "has a router temperature, a router map or skipping, but vLLM's MoE kernel routes by itself",
             "serve with --moe-backend triton",
         )  # fmt: skip
 
