@@ -39,5 +39,5 @@ setup:
 	@bash dev/setup.sh
 
 clean:
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .schemathesis .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
