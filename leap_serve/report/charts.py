@@ -90,7 +90,7 @@ def ranges(
 
     ``shares``: values in [0, 1], drawn from 0 to 100 %. ``limit``: where a line is drawn that should not be crossed.
     """
-    step, left = 24, 20 + min(150.0, max(len(name) for name, *_ in rows) * LETTER)
+    step, left = 24, 20 + min(170.0, max(len(name) for name, *_ in rows) * LETTER * 1.1)
     height = 24 + step * len(rows) + 34
     x = Scale(0.0, 1.0, left, WIDTH - RIGHT)
     if not shares:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from leap_serve.checkpoint import MANIFEST, Checkpoint
+from leap_serve.checkpoint import MANIFEST, Checkpoint, resolve_model
 from leap_serve.errors import CheckpointError, LeapError
 from leap_serve.flops import flops_per_token
 from leap_serve.plan import Plan
@@ -72,6 +72,8 @@ class _Collector:
         methods = self.maps.methods()
         for model in self.report.models.values():
             model.kind = methods.get(model.fingerprint or "", model.kind)
+        # As they were run; what has no time keeps its place.
+        self.report.origins.sort(key=lambda origin: origin.time)
         return self.report
 
     def _read(self, path: Path) -> None:
@@ -118,8 +120,7 @@ class _Collector:
         checkpoint = Checkpoint.open(path)
         assert checkpoint.plan is not None
         model = self._model(self._name(path), checkpoint.plan.fingerprint)
-        model.weights_bytes, model.flops_per_token = checkpoint.weight_bytes, flops_per_token(checkpoint)
-        model.counts, model.num_experts = tuple(checkpoint.plan.counts), checkpoint.plan.num_experts
+        _measure(model, checkpoint)
         self.maps.add_plan(checkpoint.plan, model.name, checkpoint.identity().sha256)
         self._origin({"made_by": {**checkpoint.plan.made_by, **(checkpoint.manifest or {}).get("made_by", {})}}, path)
         if (path / "tune.json").exists():
@@ -192,7 +193,12 @@ class _Collector:
     def _scored(self, given: str, found: dict[str, Any], differences: dict[str, Any]) -> None:
         name, full = self._given(given)
         model = self._model(name, None)
-        model.kind = "full" if full else model.kind
+        if full:
+            model.kind = "full"
+            # The bundled model is at hand; others are looked for on disk, never on a hub.
+            folder = resolve_model(BUNDLED) if given == BUNDLED else Path(given)
+            if (folder / "config.json").exists():
+                _measure(model, Checkpoint.open(folder))
         for task, one in found.items():
             model.scores[task] = read.score(one, task, differences.get(task))
 
@@ -282,7 +288,10 @@ class _Collector:
     def _origin(self, value: Mapping[str, Any], path: Path) -> None:
         """Remember a command; the same one is listed once."""
         made = value.get("made_by") or {}
-        command = shlex.join(str(word) for word in made.get("argv") or ())
+        words = [str(word) for word in made.get("argv") or ()]
+        if words and words[0].endswith(".py") and not words[0].startswith("_"):
+            words[:1] = ["python", f"bench/{words[0]}"]
+        command = shlex.join(words)
         if not command or any(one.command == command for one in self.report.origins):
             return
         try:
@@ -290,6 +299,13 @@ class _Collector:
         except ValueError:
             place = path.name
         self.report.origins.append(Origin(place, command, str(made.get("time", "")), str(made.get("version", ""))))
+
+
+def _measure(model: Model, checkpoint: Checkpoint) -> None:
+    """Note what a checkpoint's headers say."""
+    plan = checkpoint.plan
+    model.weights_bytes, model.flops_per_token = checkpoint.weight_bytes, flops_per_token(checkpoint)
+    model.counts = tuple(plan.counts if plan else [checkpoint.num_experts] * len(checkpoint.moe_layers))
 
 
 def _interesting(run: Path) -> Iterator[Path]:

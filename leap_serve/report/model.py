@@ -59,7 +59,6 @@ class Model:
         tok_s: output tokens per second, by batch.
         weights_bytes, flops_per_token: as bench and inspect count them, or None.
         counts: retained experts per MoE layer.
-        num_experts: of the full model, or None.
         fingerprint: of its plan, or None.
         group: models of one group were measured on the same workload and may share a chart.
     """
@@ -72,7 +71,6 @@ class Model:
     weights_bytes: float | None = None
     flops_per_token: float | None = None
     counts: tuple[int, ...] = ()
-    num_experts: int | None = None
     fingerprint: str | None = None
     group: str = ""
 

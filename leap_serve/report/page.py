@@ -78,8 +78,7 @@ def sections(report: Report) -> list[Section]:
         ),
         Section(
             "tasks", "Scores by task",
-            "Dots are scores on unseen items, bars their 95 % intervals: over items by bootstrap or, for metrics that "
-            "are 0 or 1, Wilson's.",
+            "Dots are scores on unseen items, bars their 95 % intervals over items.",
             score_ranges(report), "Scores by task: needs leap eval.",
         ),
         Section(
