@@ -19,6 +19,7 @@ import socket
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -202,9 +203,8 @@ def serve(
                 _check_shared(api, args, keys, shared)
             import uvloop
 
-            uvloop.run(
-                _run(api, args, sock, description, keys, shared, lambda: _announce(url, options.name, bool(keys)))
-            )
+            announce = partial(_announce, url, options.name, bool(keys), shared)
+            uvloop.run(_run(api, args, sock, description, keys, shared, announce))
         except _Interrupted:
             raise KeyboardInterrupt from None
         finally:
@@ -299,11 +299,14 @@ async def _when_started(app: Any, announce: Callable[[], None]) -> None:
     announce()
 
 
-def _announce(url: str, name: str, with_key: bool) -> None:
+def _announce(url: str, name: str, with_key: bool, shared: SharedModel | None) -> None:
     body = shlex.quote(json.dumps({"model": name, "prompt": "1 + 1 =", "max_tokens": 16}))
     key = ' -H "Authorization: Bearer $KEY"' if with_key else ""
     print(f"leap serve: {name} is ready at {url}/v1; stop it with Ctrl-C. Try:", flush=True)
     print(f"  curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d {body}", flush=True)
+    if shared is not None:
+        names = dict.fromkeys(one.name for one in (*shared.given, *shared.kept))
+        print(f"  or give as model: {', '.join(names) or 'what POST /v1/leap/specialists loads'}", flush=True)
 
 
 class _Interrupted(SystemExit):

@@ -72,7 +72,8 @@ def sharing(folder: Path) -> Iterator[Shared]:
     tune(cuts["tuned"])
     named = [f"--specialist={name}={path / 'leap.json'}" for name, path in cuts.items()]
     flags = [*named, "--name", BASE, "--dtype", "float32", "--admin-key", "sk-admin", "--state", str(folder / "state")]
-    vllm = ["--", "--chat-template", TEMPLATE, "--max-num-seqs", "64", "--max-model-len", "256"]
+    # So few blocks that requests are preempted and begun again, and that memory soon stops growing.
+    vllm = ["--", "--chat-template", TEMPLATE, "--max-model-len", "256", "--num-gpu-blocks-override", "48"]
     with Server(model, [*flags, *vllm], {**SERVER_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}) as server:
         yield Shared(server, model, cuts, folder / "state")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +17,14 @@ import pytest
 import torch
 
 from leap_serve.cli import main
+from leap_serve.errors import LeapError
+from leap_serve.launch import Server
 from leap_serve.plan import Plan
 from leap_serve.server_admin import ADMIN_HEADER
 from parity import TOLERANCE, uneven_plan
+from processes import SERVER_ENV
 from serving import Job, serve
-from sharing import BASE, LONG, SHORT, TOKENS, Shared, ask, manage, sharing
+from sharing import ADMIN, BASE, LONG, SHORT, TOKENS, Shared, ask, manage, sharing
 from storm import rage, resident_mib
 
 pytestmark = pytest.mark.e2e
@@ -294,3 +298,30 @@ def test_two_thousand_of_everything_at_once(shared: Shared) -> None:
     check_quiet(shared)
     grown = resident_mib(shared.server.pid) - warm
     assert grown < 32, f"{grown:.0f} MiB more than after 600 requests"
+
+
+@pytest.mark.slow
+def test_what_was_loaded_is_there_after_a_restart(shared: Shared, tmp_path: Path) -> None:
+    flags = ["--name", BASE, "--dtype", "float32", "--api-key", "sk-client", "--state", str(tmp_path / "state")]
+    env, keys = {**SERVER_ENV, "LEAP_ADMIN_KEY": "sk-admin"}, {"Authorization": "Bearer sk-client"}
+    with Server(shared.model, [*flags, f"--specialist=given={shared.cuts['law']}"], env) as first:
+        url = f"{first.url}/v1/leap/specialists"
+        for name, like in (("math", "math"), ("tuned", "tuned"), ("given-2", "law")):
+            body = {"name": name, "path": str(shared.cuts[like])}
+            # The admin key opens nothing without the API key, which vLLM asks for on all of /v1.
+            assert httpx.post(url, json=body, headers=ADMIN, timeout=60).status_code == 401
+            assert httpx.post(url, json=body, headers=keys, timeout=60).status_code == 401
+            assert httpx.post(url, json=body, headers={**keys, **ADMIN}, timeout=60).status_code == 201
+        assert httpx.delete(f"{url}/given-2", headers={**keys, **ADMIN}, timeout=60).status_code == 200
+        first.stop(signal.SIGKILL)
+    with Server(shared.model, flags, env) as second:
+        listed = httpx.get(f"{second.url}/v1/models", headers=keys, timeout=60).json()["data"]
+        assert [model["id"] for model in listed] == [BASE, "math", "tuned"]
+        for name in ("math", "tuned"):
+            body = {"model": name, "prompt": LONG, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+            found = httpx.post(f"{second.url}/v1/completions", json=body, headers=keys, timeout=120).json()
+            assert found["choices"][0]["text"] == ask(shared, name, LONG).json()["choices"][0]["text"]
+    with pytest.raises(LeapError, match="--admin-key: is the API key"):
+        Server(shared.model, flags, {**env, "LEAP_ADMIN_KEY": "sk-client"})
+    with pytest.raises(LeapError, match="--enable-lora: goes with no specialists"):
+        Server(shared.model, [*flags, "--", "--enable-lora"], env)
