@@ -15,7 +15,7 @@ from leap_serve.plan import Plan
 pytestmark = pytest.mark.e2e
 LITTLE: dict[str, dict[str, Any]] = {
     "profile": {"limit": 16, "engine": "torch"},
-    "search": {"items": 4, "engine": "torch"},
+    "search": {"method": "gate-mass"},
     "tune": {"rounds": 1, "labels": 16, "steps": 4, "batch": 8, "held-out": 8, "rank": 2, "router-warmup": 1},
 }
 
@@ -42,6 +42,8 @@ def test_methods_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.slow
 def test_basic_usage(tmp_path: Path) -> None:
     """As it stands in the README, real engine and all."""
-    results = basic_usage.main(tmp_path)
+    settings = {**basic_usage.SHORT, "bench": {"kind": "memory"}, "eval": {"limit": 20}}
+    results = basic_usage.main(tmp_path, settings=settings)
+    assert (tmp_path / "bench.jsonl").exists() and (tmp_path / "eval.json").exists()
     assert results["accuracy"] > 0.5 and results["items"] == 100
     assert results["weights_reduction"] > 3
