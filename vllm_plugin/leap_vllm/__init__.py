@@ -9,7 +9,8 @@ stock ``__init__`` runs, decoder layer l is built with the config's expert count
 Weights then load as always, since a cut checkpoint numbers its experts 0…|I|−1; what tuning laid beside it
 is merged into them one tensor at a time, before vLLM shards it: the router head's rows, and the adapters'
 ΔW of each expert (loader.py). A temperature τ ≠ 1 divides that
-layer's logits in fp32 before vLLM's own scoring and top-k (router.py); it is in no weight. All private
+layer's logits in fp32 before vLLM's own scoring and top-k (router.py); it is in no weight. A map from the full
+router's rows to merged experts, and the skipping of weak choices, are put around the same routing. All private
 names of vLLM are in compat.py and its siblings, checked by version and by signature. Unquantised MoE layers ask
 experts.py for their kernel: ours where a measured table says that it is faster, vLLM's everywhere else.
 """
