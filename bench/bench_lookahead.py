@@ -32,7 +32,7 @@ from leap_serve.profile import Profile
 from leap_serve.tasks.base import Item
 from leap_serve.tasks.registry import load_task
 from leap_serve.torch_engine import TorchEngine
-from leap_training.controls import evolution
+from leap_training.controls import Given, evolution
 from leap_training.finetune import FinetuneConfig, finetune
 from leap_training.lookahead import LookAhead, finalists, second_stage
 from leap_training.pruning_agent import Agent, AgentConfig, best_ranking
@@ -88,7 +88,7 @@ class Setting:
     def evolved(self) -> Plan:
         ledger = self.ledger()
         _, prior = best_ranking(self.profile, ledger)
-        evolution(ledger, prior, self.episodes, self.seed)
+        evolution(ledger, Given(prior, self.episodes, self.seed))
         return self.space.plan(ledger.best()[0], method="evolution", search_loss=ledger.best()[2])
 
     def agent(self) -> tuple[Plan, Agent]:

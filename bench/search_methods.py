@@ -38,7 +38,7 @@ from leap_serve.files import append_jsonl
 from leap_serve.profile import Profile
 from leap_serve.tasks.registry import load_task
 from leap_serve.vllm_engine import VllmEngine
-from leap_training.controls import SEARCHES, Material, esp_evaluator
+from leap_training.controls import SEARCHES, Given, Material, esp_evaluator
 from leap_training.pruning_agent import AgentConfig, best_ranking, search
 from leap_training.pruning_space import Ledger, PruningSpace, engine_evaluator
 from leap_training.saliency import OBSERVED, Routing, Scores, scores
@@ -133,7 +133,9 @@ class Bench:
             prior: Scores = {}
             if run.method != "random-search":
                 more["prior"], prior = best_ranking(self.profile(run.task), ledger)
-            cost = SEARCHES[run.method.removesuffix("-esp")](ledger, prior, run.evaluations, run.seed, None, material)
+            cost = SEARCHES[run.method.removesuffix("-esp")](
+                ledger, Given(prior, run.evaluations, run.seed, material=material)
+            )
             if cost is not None:
                 marks = cost.marks
                 more |= {"forward_items": cost.forward_items, "backward_items": cost.backward_items}

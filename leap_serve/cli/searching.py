@@ -117,7 +117,7 @@ class Search:
         self, engine: Engine, label: str, space: PruningSpace, latency: Latency | None, folder: Path, warm: Path | None
     ) -> Found:
         """Search one budget by the engine's scores."""
-        from leap_training.controls import SEARCHES, Material
+        from leap_training.controls import SEARCHES, Given, Material
         from leap_training.pruning_agent import search
         from leap_training.pruning_space import Ledger, engine_evaluator
 
@@ -128,7 +128,6 @@ class Search:
             "task": args.task, "seed": args.seed, "profile_data_sha256": self.profile.data_sha256, "notices": [],
             "prior_method": name, "model": self.model, "engine": args.engine,
         }  # fmt: skip
-        marks: Sequence[float] = ()
         with search_view(f"search {args.task} {label}", args.episodes, self._events(label)) as view:
 
             def show(metrics: object = None) -> None:
@@ -142,16 +141,15 @@ class Search:
                 ).plan  # fmt: skip
             else:
                 material = Material(resolve_model(self.model), self.items)
-                cost = SEARCHES[args.method](ledger, prior, args.episodes, args.seed, show, material)
+                cost = SEARCHES[args.method](ledger, Given(prior, args.episodes, args.seed, show, material))
                 if cost is not None:
-                    marks = cost.marks
                     record["cost"] = {"forward_items": cost.forward_items, "backward_items": cost.backward_items}
                 chosen, reward, loss = ledger.best()
                 plan = space.plan(
                     chosen, method=args.method, reward=asdict(self.reward), search_loss=loss, search_reward=reward,
-                    evaluations=ledger.evaluations, search_data_sha256=items_sha256(self.items), **record,
+                    evaluations=ledger.evaluations, search_data_sha256=items_sha256(self.items),
+                    improvements=ledger.improvements(cost.marks if cost is not None else ()), **record,
                 )  # fmt: skip
-        plan = replace(plan, made_by={**plan.made_by, "improvements": ledger.improvements(marks)})
         start = ledger.losses.get(space.best_of(prior).tobytes(), math.nan)
         figures = {"prior": name, "prior_loss": start, "loss": ledger.best()[2], "evaluations": ledger.evaluations}
         return Found(plan, figures, ledger, prior, folder)

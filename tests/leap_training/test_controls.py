@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from leap_serve.errors import LeapError, UsageError
-from leap_training.controls import SEARCHES, check_method, swapped
+from leap_training.controls import SEARCHES, Given, check_method, swapped
 from leap_training.pruning_space import Chosen, PruningSpace
 from leap_training.saliency import scores
 from pruning_oracle import Oracle, all_subsets, ledger, profile
@@ -37,7 +37,7 @@ def test_controls_spend_what_they_are_given_on_legal_plans(name: str, allocation
     oracle = Larger(layers=4, experts=8)
     found = scores(profile(layers=4, experts=8), "reap")
     book = ledger(oracle, allocation, experts=4)
-    SEARCHES[name](book, found, 60, 0, None, None)
+    SEARCHES[name](book, Given(found, 60, 0))
     assert oracle.asked == book.evaluations == 60
     assert all(within_budget(book.space, book.subset(key)) for key in book.losses)
     whole = [key for key in book.losses if book.subset(key).sum() == book.space.budget]
@@ -54,7 +54,7 @@ def test_searches_find_the_optimum_of_a_tiny_space(name: str, allocation: str, s
     oracle = Oracle(seed=seed)
     book = ledger(oracle, allocation)
     subsets = all_subsets(book.space)
-    SEARCHES[name](book, SCORES, len(subsets) // 2, seed, None, None)
+    SEARCHES[name](book, Given(SCORES, len(subsets) // 2, seed))
     assert book.best()[2] == pytest.approx(min(map(oracle.loss, subsets)), abs=1e-9)
 
 
@@ -71,7 +71,7 @@ def test_counts_evolve_to_the_best_allocation_of_the_ranking(seed: int) -> None:
             for layer, count in enumerate(counts):
                 chosen[layer, order[layer][:count]] = True
             best, every = min(best, oracle.loss(chosen)), every + 1
-    SEARCHES["evo-counts"](book, found, 2 * every // 3, seed, None, None)
+    SEARCHES["evo-counts"](book, Given(found, 2 * every // 3, seed))
     assert book.best()[2] == pytest.approx(best, abs=1e-9)
     # The ranking within layers is never left.
     for key in book.losses:
@@ -82,7 +82,7 @@ def test_counts_evolve_to_the_best_allocation_of_the_ranking(seed: int) -> None:
 def test_greedy_adds_before_it_swaps() -> None:
     oracle = Oracle()
     book = ledger(oracle)
-    SEARCHES["greedy"](book, SCORES, 60, 0, None, None)
+    SEARCHES["greedy"](book, Given(SCORES, 60, 0))
     sizes = [int(book.subset(key).sum()) for key in book.losses]
     # The ranking's plan of 6; from the floors of 2 + 2 the fifth and the sixth expert; then swaps of the best.
     added = sizes[1 : sizes.index(6, 1)]
@@ -107,9 +107,9 @@ def test_controls_end_where_nothing_new_is_left() -> None:
     book = ledger(Oracle(), "global", experts=6)
     for name in BY_PLANS:
         if name != "greedy":  # which tries smaller plans on its way
-            SEARCHES[name](book, SCORES, 50, 0, None, None)
+            SEARCHES[name](book, Given(SCORES, 50, 0))
     assert book.evaluations == 1
-    SEARCHES["greedy"](book, SCORES, 50, 0, None, None)
+    SEARCHES["greedy"](book, Given(SCORES, 50, 0))
     assert book.evaluations < 50
 
 
@@ -117,8 +117,8 @@ def test_what_cannot_be_searched_is_refused_with_a_sentence() -> None:
     with pytest.raises(UsageError, match="allocation global"):
         check_method("evo-counts", ledger(Oracle()).space)
     with pytest.raises(UsageError, match="allocation global"):
-        SEARCHES["evo-counts"](ledger(Oracle()), SCORES, 50, 0, None, None)
+        SEARCHES["evo-counts"](ledger(Oracle()), Given(SCORES, 50, 0))
     with pytest.raises(LeapError, match="learns from the model"):
-        SEARCHES["rco"](ledger(Oracle()), SCORES, 50, 0, None, None)
+        SEARCHES["rco"](ledger(Oracle()), Given(SCORES, 50, 0))
     for name, allocation in LEGAL:
         check_method(name, ledger(Oracle(), allocation).space)

@@ -14,7 +14,7 @@ import torch
 
 from leap_serve.errors import CheckpointError, LeapError, UsageError
 from leap_serve.plan import Plan
-from leap_training.controls import evolution
+from leap_training.controls import Given, evolution
 from leap_training.pruning_agent import Agent, AgentConfig, search
 from leap_training.pruning_policy import Episodes, PruningPolicy
 from leap_training.pruning_space import Ledger, PruningSpace, Reward
@@ -316,6 +316,6 @@ def test_the_model_spares_evaluations() -> None:
             config = AgentConfig(episodes=160, seed=seed, **more)
             found[name] += search(profile(layers, experts), prior, book, config).loss
         book = ledger(Distant(layers, experts, seed), experts=6)
-        evolution(book, prior, 160, seed)
+        evolution(book, Given(prior, 160, seed))
         found["evolution"] += book.best()[2]
     assert found["model"] < found["none"] < found["evolution"]

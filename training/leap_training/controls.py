@@ -48,47 +48,46 @@ class Material:
     items: Sequence[Item]
 
 
-Search = Callable[[Ledger, Scores, int, int, Report | None, Material | None], "Cost | None"]
-"""(ledger, scores to start at, evaluations in all, seed, report, material): fills the ledger, whose best is the find.
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a search is given beside its ledger.
 
-Returns what it cost where that is more than the ledger's evaluations."""
+    Args:
+        scores: the ranking to start at; a random search does without.
+        evaluations: how many plans the ledger may hold in the end.
+        seed: of everything that is drawn.
+        batch: plans evaluated at once.
+    """
+
+    scores: Scores
+    evaluations: int
+    seed: int
+    report: Report | None = None
+    material: Material | None = None
+    batch: int = 16
 
 
-def random_subsets(
-    ledger: Ledger,
-    scores: Scores,
-    evaluations: int,
-    seed: int,
-    report: Report | None = None,
-    material: Material | None = None,
-    *,
-    batch: int = 16,
-) -> None:
+Search = Callable[[Ledger, Given], "Cost | None"]
+"""Fills the ledger, whose best is the find; returns what it cost where that is more than the ledger's evaluations."""
+
+
+def random_subsets(ledger: Ledger, given: Given) -> None:
     """Evaluate uniformly random legal subsets."""
-    random = np.random.default_rng(seed)
-    _spend(ledger, lambda known, idle: _random_subset(known.space, random), evaluations, batch, report)
+    random = np.random.default_rng(given.seed)
+    _spend(ledger, lambda known, idle: _random_subset(known.space, random), given)
 
 
-def greedy(
-    ledger: Ledger,
-    scores: Scores,
-    evaluations: int,
-    seed: int,
-    report: Report | None = None,
-    material: Material | None = None,
-    *,
-    batch: int = 16,
-) -> None:
+def greedy(ledger: Ledger, given: Given) -> None:
     """Add experts one after the other, each the best of several candidates, then swap single experts.
 
     Adding begins with every layer's top_k highest-ranked experts and spends half of the evaluations; candidates
-    are drawn by their share of their layer's saliency. Swapping tries ``batch`` random single swaps of the best plan
+    are drawn by their share of their layer's saliency. Swapping tries a batch of random single swaps of the best plan
     at once, the ranking's own plan included, and keeps the best; where no single swap is new any more, two are made
     at once, then three, and so on.
     """
-    random = np.random.default_rng(seed)
-    ledger([ledger.space.best_of(scores)], evaluations)
-    _add(ledger, scores, evaluations, random, report)
+    random = np.random.default_rng(given.seed)
+    ledger([ledger.space.best_of(given.scores)], given.evaluations)
+    _add(ledger, given, random)
 
     def neighbour(known: Ledger, idle: int) -> Chosen:
         made = known.best()[0]
@@ -96,30 +95,21 @@ def greedy(
             made = swapped(made, known.space, random)
         return made
 
-    _spend(ledger, neighbour, evaluations, batch, report)
+    _spend(ledger, neighbour, given)
 
 
-def evolution(
-    ledger: Ledger,
-    scores: Scores,
-    evaluations: int,
-    seed: int,
-    report: Report | None = None,
-    material: Material | None = None,
-    *,
-    batch: int = 16,
-) -> None:
+def evolution(ledger: Ledger, given: Given) -> None:
     """Evolve a population of the 16 best plans so far, begun with the ranking's plan and mutants of it.
 
     A child takes each layer from one of two parents, drawn by binary tournaments, then swaps one to three experts.
     """
-    random = np.random.default_rng(seed)
-    start = ledger.space.best_of(scores)
-    ledger([start], evaluations)
+    random = np.random.default_rng(given.seed)
+    start = ledger.space.best_of(given.scores)
+    ledger([start], given.evaluations)
     begun = ledger.evaluations
 
     def child(known: Ledger, idle: int) -> Chosen:
-        if known.evaluations < begun + batch:
+        if known.evaluations < begun + given.batch:
             made = start
             for _ in range(int(random.integers(1, 9))):
                 made = swapped(made, known.space, random)
@@ -132,19 +122,10 @@ def evolution(
             made = swapped(made, known.space, random)
         return made
 
-    _spend(ledger, child, evaluations, batch, report)
+    _spend(ledger, child, given)
 
 
-def evolve_counts(
-    ledger: Ledger,
-    scores: Scores,
-    evaluations: int,
-    seed: int,
-    report: Report | None = None,
-    material: Material | None = None,
-    *,
-    batch: int = 16,
-) -> None:
+def evolve_counts(ledger: Ledger, given: Given) -> None:
     """Evolve how many experts each layer keeps, the ranking within layers being fixed (in EvoESAP's manner).
 
     Begun with the global ranking's counts and with equal ones. A child is one of the 16 best plans, drawn by binary
@@ -153,16 +134,16 @@ def evolve_counts(
     is EvoESAP's.
     """
     check_method("evo-counts", ledger.space)
-    random, space = np.random.default_rng(seed), ledger.space
-    order = np.stack([np.argsort(-np.asarray(scores[layer]), kind="stable") for layer in space.layers])
+    random, space = np.random.default_rng(given.seed), ledger.space
+    order = np.stack([np.argsort(-np.asarray(given.scores[layer]), kind="stable") for layer in space.layers])
 
     def plan_of(counts: npt.NDArray[np.int64]) -> Chosen:
         chosen = np.zeros(space.shape, bool)
         np.put_along_axis(chosen, order, np.arange(space.shape[1]) < counts[:, None], 1)
         return chosen
 
-    start = space.best_of(scores)
-    ledger([start, plan_of(_even(space))], evaluations)
+    start = space.best_of(given.scores)
+    ledger([start, plan_of(_even(space))], given.evaluations)
     own = {start.tobytes(), plan_of(_even(space)).tobytes()}
 
     def child(known: Ledger, idle: int) -> Chosen:
@@ -173,23 +154,17 @@ def evolve_counts(
         own.add(plan_of(counts).tobytes())
         return plan_of(counts)
 
-    _spend(ledger, child, evaluations, batch, report)
+    _spend(ledger, child, given)
 
 
-def learn_scores(
-    ledger: Ledger,
-    scores: Scores,
-    evaluations: int,
-    seed: int,
-    report: Report | None = None,
-    material: Material | None = None,
-) -> Cost:
+def learn_scores(ledger: Ledger, given: Given) -> Cost:
     """:func:`leap_training.rco.rco` on the material's model and items."""
-    if material is None:
+    if given.material is None:
         raise LeapError("--method rco", "learns from the model itself", "give its folder and the items as Material")
     from leap_training.rco import rco
 
-    return rco(material.model, ledger, scores, material.items, evaluations, seed, report)
+    model, items = given.material.model, given.material.items
+    return rco(model, ledger, given.scores, items, given.evaluations, given.seed, given.report)
 
 
 SEARCHES: Mapping[str, Search] = {
@@ -227,16 +202,16 @@ def swapped(chosen: Chosen, space: PruningSpace, random: np.random.Generator) ->
     return out
 
 
-def _add(ledger: Ledger, scores: Scores, evaluations: int, random: np.random.Generator, report: Report | None) -> None:
+def _add(ledger: Ledger, given: Given, random: np.random.Generator) -> None:
     """Greedy forward selection over the space's schedule, on half of the evaluations that are left."""
     space = ledger.space
-    found = np.stack([np.asarray(scores[layer], np.float64) for layer in space.layers])
+    found = np.stack([np.asarray(given.scores[layer], np.float64) for layer in space.layers])
     share = np.log(np.maximum(found / np.maximum(found.sum(1, keepdims=True), 1e-300), 1e-9))
     chosen, picks = np.zeros(space.shape, bool), list(space.schedule)
     while not space.complete(chosen):
         open_ = _open(space, chosen, picks.pop(0))
         chosen.flat[np.where(open_, share, -np.inf).argmax()] = True
-    width = (evaluations - ledger.evaluations) // 2 // max(1, len(picks))
+    width = (given.evaluations - ledger.evaluations) // 2 // max(1, len(picks))
     for layer in picks if width else []:
         open_ = _open(space, chosen, layer)
         # Gumbel-top-k: candidates without repetition, drawn by their share.
@@ -245,10 +220,10 @@ def _add(ledger: Ledger, scores: Scores, evaluations: int, random: np.random.Gen
         for place in drawn.argsort()[::-1][: min(width, int(open_.sum()))]:
             candidates.append(chosen.copy())
             candidates[-1].flat[place] = True
-        rewards = ledger(candidates, evaluations)
+        rewards = ledger(candidates, given.evaluations)
         chosen = candidates[int(np.argmax([-np.inf if reward is None else reward for reward in rewards]))]
-        if report is not None:
-            report(ledger)
+        if given.report is not None:
+            given.report(ledger)
 
 
 def _open(space: PruningSpace, chosen: Chosen, layer: int | None) -> Chosen:
@@ -301,14 +276,12 @@ def _switched(
     return moved
 
 
-def _spend(
-    ledger: Ledger, draw: Callable[[Ledger, int], Chosen], evaluations: int, batch: int, report: Report | None
-) -> None:
+def _spend(ledger: Ledger, draw: Callable[[Ledger, int], Chosen], given: Given) -> None:
     """Evaluate batches of drawn subsets; ends early where a hundred batches bring nothing new."""
     idle = 0
-    while ledger.evaluations < evaluations and idle < 100:
+    while ledger.evaluations < given.evaluations and idle < 100:
         before = ledger.evaluations
-        ledger([draw(ledger, idle) for _ in range(batch)], evaluations)
+        ledger([draw(ledger, idle) for _ in range(given.batch)], given.evaluations)
         idle = idle + 1 if ledger.evaluations == before else 0
-        if report is not None:
-            report(ledger)
+        if given.report is not None:
+            given.report(ledger)

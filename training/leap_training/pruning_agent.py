@@ -368,6 +368,7 @@ def search(
     kept = {layer: tuple(map(float, prior[layer])) for layer in ledger.space.layers}
     plan = ledger.space.plan(
         chosen, kept, method="leap", settings=asdict(config), reward=asdict(ledger.reward), search_loss=loss,
-        search_reward=reward, evaluations=ledger.evaluations, search_data_sha256=data_sha256, **provenance,
+        search_reward=reward, evaluations=ledger.evaluations, improvements=ledger.improvements(),
+        search_data_sha256=data_sha256, **provenance,
     )  # fmt: skip
     return Found(plan, reward, loss, ledger.evaluations, tuple(ledger.curve), tuple(history))
