@@ -20,7 +20,12 @@ Each = Callable[[int, Outcome], None]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How completions are drawn: greedily once, or ``samples`` times at a temperature for pass@k."""
+    """How completions are drawn: greedily once, or ``samples`` times at a temperature for pass@k.
+
+    Args:
+        k: the k of pass@k, each at most ``samples``; the first one is the score.
+        seed: of the first sample; the next ones count up from it.
+    """
 
     samples: int = 1
     temperature: float = 0.0
@@ -48,6 +53,7 @@ class Evaluation:
         score: mean of the metric over the items, in [0, 1]; of a text its perplexity, exp(loss).
         loss: mean negative log-likelihood per answer token over the items, in nats; NaN where ``no_loss`` says why.
         per_item: the metric of every item, in order, for paired comparisons; of a text the loss of every window.
+        ids: of the items, in order.
         scores: the likelihood of every item's answer; empty without a loss.
         completions: what the model answered to every item; the first sample of several.
         details: further metrics by name, per item.

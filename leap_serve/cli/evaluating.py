@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -99,6 +100,8 @@ def _recorded(args: argparse.Namespace, model: str, name: str | None, journal: J
 
 
 def _engine(args: argparse.Namespace, folder: Path) -> Model:
+    # A running text may be longer than the model takes: it is scored in windows, and transformers need not warn.
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     if args.engine == "vllm":
         from leap_serve.vllm_engine import VllmEngine
 

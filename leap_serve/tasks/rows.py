@@ -55,7 +55,7 @@ class Source:
         else:
             found = held_out(self._official("train", make, data))[split == "validation"]
         # A file of train rows alone cannot be compared; the pool is checked again where it is used.
-        tests = set() if data is not None and not self._holds("test", data) else {
+        tests = set() if "test" not in self.splits or (data is not None and not self._holds("test", data)) else {
             fingerprint(item) for item in self._official("test", make, data)
         }  # fmt: skip
         found = [item for item in found if fingerprint(item) not in tests]
