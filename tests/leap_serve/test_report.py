@@ -23,7 +23,7 @@ from leap_serve.report.collect import collect
 from leap_serve.report.figures import trade_offs
 from leap_serve.report.read import wilson
 from leap_serve.report.scale import Scale, figure, spread_apart
-from leap_training.pruning_agent import Agent, AgentConfig
+from leap_training.pruning_agent import Agent, AgentConfig, search
 from leap_training.saliency import scores
 from leap_training.search_state import StateFolder, fingerprint
 from pruning_oracle import Oracle, ledger, profile
@@ -151,6 +151,18 @@ def test_a_search_that_goes_on_is_shown_from_its_state(tmp_path: Path) -> None:
     assert list(learning.curves[0].points[:-1]) == expected
     assert [loss for _, loss in expected] == sorted((loss for _, loss in expected), reverse=True)
     assert learning.notes == [f"The agent has evaluated {book.evaluations} of 72 plans so far."]
+
+
+def test_a_plan_of_the_agent_carries_its_curve(tmp_path: Path) -> None:
+    book = ledger(Oracle())
+    config = AgentConfig(episodes=48, batch=12, dreams=2, dream_episodes=16)
+    plan = search(profile(), scores(profile(), "reap"), book, config, task="toy-gsm").plan
+    plan.save(tmp_path / "plan.json")
+    (learning,) = collect([tmp_path / "plan.json"]).learning.values()
+    assert learning.title == "toy-gsm: 3 of 6 experts in each layer"
+    *steps, (end, loss) = learning.curves[0].points
+    assert steps == [(at, found) for at, _, found in book.improvements()]
+    assert (end, loss) == (48, plan.made_by["search_loss"])
 
 
 def test_the_front_holds_what_nothing_beats(tmp_path: Path) -> None:
