@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import httpx
@@ -60,8 +61,9 @@ class Endpoint:
         timeout_s: float = 600,
         first_wait_s: float = FIRST_WAIT_S,
     ) -> None:
-        if concurrency < 1:
-            raise UsageError("--concurrency", f"is {concurrency}", "give 1 or more")
+        if concurrency < 1 or not timeout_s > 0:
+            what = f"are {concurrency} and {timeout_s:g}"
+            raise UsageError("--concurrency, --timeout", what, "give 1 request or more, and more than 0 seconds")
         self.url = url.rstrip("/").removesuffix("/v1")
         self.chat, self._concurrency, self._first_wait_s = chat, concurrency, first_wait_s
         key = os.environ.get(KEY)
@@ -268,20 +270,39 @@ class Endpoint:
         progress: Progress | None = None,
         each: Callable[[int, Outcome], None] | None = None,
     ) -> list[Outcome]:
-        """Ask for all inputs at once; after an error or an interrupt nothing more is sent."""
+        """Ask for all inputs, ``concurrency`` at a time; after an error or an interrupt nothing more is sent.
+
+        The threads end with the process, so that nobody waits for an answer that is no longer wanted.
+        """
+        questions, taking, stopped = iter(enumerate(inputs)), threading.Lock(), threading.Event()
+        answers: SimpleQueue[tuple[int, Outcome | BaseException]] = SimpleQueue()
+
+        def work() -> None:
+            while not stopped.is_set():
+                with taking:
+                    place, one = next(questions, (-1, None))
+                if place < 0:
+                    return
+                try:
+                    answers.put((place, ask(one)))
+                except BaseException as error:
+                    answers.put((place, error))
+
         found: dict[int, Outcome] = {}
-        pool = ThreadPoolExecutor(self._concurrency)
+        for _ in range(min(self._concurrency, len(inputs))):
+            threading.Thread(target=work, daemon=True).start()
         try:
-            asked = {pool.submit(ask, one): place for place, one in enumerate(inputs)}
-            for future in as_completed(asked):
-                place = asked[future]
-                found[place] = future.result()
+            for _ in inputs:
+                place, answer = answers.get()
+                if isinstance(answer, BaseException):
+                    raise answer
+                found[place] = answer
                 if each is not None:
-                    each(place, found[place])
+                    each(place, answer)
                 if progress is not None:
                     progress(len(found), len(inputs))
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            stopped.set()
         return [found[place] for place in range(len(inputs))]
 
 
