@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ class Recipe:
             "bench": ([made, "--vs", self.model, "--results", str(out / "bench.jsonl")], None),
         }
         work: list[Stage] = []
-        digest = hashlib.sha256(self._files().encode())
+        digest = hashlib.sha256(_hashes([self.task, self.data]).encode())
         calibrated: list[str] = []
         for name, flags in self.stages.items():
             given = dict(flags)
@@ -147,9 +147,13 @@ class Recipe:
             verb = ["bench", str(given.pop("kind", "latency"))] if name == "bench" else [VERBS.get(name, name)]
             argv = [*verb, *arguments]
             if name == "eval":
-                argv += [word for task in given.pop("task", [self.task]) for word in ("--task", task)]
+                tasks = given.pop("task", [self.task])
+                argv += [word for task in tasks for word in ("--task", task)]
+                digest.update(_hashes(tasks).encode())
             if name == "gate":
-                argv += ["--gate", str(given.pop("file"))]
+                file = str(given.pop("file"))
+                argv += ["--gate", file]
+                digest.update(sha256_of(_existing(file)).encode())
             for flag, value in given.items():
                 argv += as_flag(flag, value)
             digest.update(json.dumps(argv).encode())
@@ -164,18 +168,23 @@ class Recipe:
             work.append(Stage(name, tuple(argv), writes, digest.hexdigest()))
         return work
 
-    def _files(self) -> str:
-        """Hashes of the files that the recipe names, for a changed one is other data."""
-        named = [Path(self.data)] if self.data else []
-        named += [Path(self.stages["gate"]["file"])] if "gate" in self.stages else []
-        for task in [self.task, *self.stages.get("eval", {}).get("task", [])]:
-            if task and _is_file(task):
-                data = UserTask.load(Path(task)).data
-                named += [Path(task), *(data.values() if isinstance(data, Mapping) else ())]
-        for path in named:
-            if not path.is_file():
-                raise UsageError(path, "the file does not exist", "check the recipe and its task")
-        return " ".join(map(sha256_of, named))
+
+def _hashes(named: Iterable[str | None]) -> str:
+    """Hashes of data files and of task files with their data, for a changed file is other data; names of tasks give none."""
+    files: list[Path] = []
+    for one in named:
+        if one and _is_file(one):
+            data = UserTask.load(Path(one)).data
+            files += [Path(one), *(data.values() if isinstance(data, Mapping) else ())]
+        elif one and Path(one).is_absolute():
+            files.append(Path(one))
+    return " ".join(sha256_of(_existing(file)) for file in files)
+
+
+def _existing(file: str | Path) -> Path:
+    if not Path(file).is_file():
+        raise UsageError(file, "the file does not exist", "check the recipe and its task")
+    return Path(file)
 
 
 def _of(flags: Mapping[str, Any], name: str) -> Any:

@@ -107,6 +107,8 @@ def test_the_gate_is_an_evaluation_against_the_full_model(tmp_path: Path) -> Non
         "eval", "out/checkpoint", "--vs", "leap-tiny", "--out", "out/gate.json", "--gate", str(tmp_path / "gate.yaml"),
         "--engine", "torch",
     )  # fmt: skip
+    plain = Recipe.load(write(tmp_path, GOOD)).plan_of_work(Path("out"))
+    assert [one.key for one in plain[:4]] == [one.key for one in stages[:4]], "a gate makes nothing before it anew"
     with pytest.raises(LeapError, match=r"gate\.file is missing"):
         Recipe.load(write(tmp_path, GOOD + "gate: {}\n"))
 
