@@ -1,34 +1,43 @@
-"""``leap demo``: profile → search → cut → eval and bench → serve, on the bundled small model, with real parts only."""
+"""``leap demo``: profile → search → cut → tune → eval and bench → serve, on the bundled small model, with real parts only."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leap_serve.checkpoint import Checkpoint, resolve_model
-from leap_serve.cli.console import progress_bar, say, table
+from leap_serve.cli.console import noted_bar, progress_bar, say, table
 from leap_serve.cli.engines import scoring_dtype
 from leap_serve.cli.search_view import search_view
 from leap_serve.errors import LeapError, UsageError
 from leap_serve.files import new_folder, write_json
+from leap_serve.flops import flops_per_token
 from leap_serve.provenance import hardware, made_by, versions
+from leap_serve.report import write_report
 from leap_serve.tasks.registry import TASKS, load_task
 
 if TYPE_CHECKING:
     from leap_serve.engine import Engine
+    from leap_serve.evaluate import Evaluation
     from leap_serve.plan import Plan
     from leap_serve.profile import Profile
 
+Seen = dict[str, dict[str, "Evaluation"]]
+"""Name of a row → task → what its model scored there."""
 MODEL = "leap-tiny"
-METHODS = ("reap", "leap")
-KEPT = 16
+KEPT = (16, 8)
+RANKED = "reap-16"
+"""What the agent is compared with: one ranking of the experts, at the larger size."""
 SEARCH_ITEMS = 32
 LEAST = 16
 """Episodes of one batch, which hold the rankings that a search begins with."""
+LABELS, HELD_OUT = 512, 64
+"""Training items that tuning may see, in two rounds, and validation items of each of its two parts."""
 BATCHES = (1, 8)
 PROFILE_ITEMS = 256
 SERVED = "toy-gsm"
@@ -41,91 +50,87 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace --out if it is not empty")
     parser.add_argument("--limit", type=int, default=100, help="unseen items per task to score (default 100)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of the latency benchmark (default 5)")
-    parser.add_argument("--episodes", type=int, default=300, help="plans that the agent tries per task (default 300)")
+    parser.add_argument("--episodes", type=int, default=150, help="plans that the agent tries per search (default 150)")
+    parser.add_argument("--steps", type=int, default=80, help="steps of each tuning run, an even number (default 80)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run the whole line; the result appears under ``--out`` whole, or not at all."""
+    _check(args)
+    began = time.monotonic()
+    with new_folder(args.out, args.force) as work:
+        seen = _prune(work, args.episodes, args.limit)
+        pruned = [name for name in seen if name != "full"]
+        seen |= _tune(work, args.steps, args.limit)
+        folders = {"full": resolve_model(MODEL), **{name: work / SERVED / name for name in seen if name != "full"}}
+        timed = ["full", *(_tuned(kept) for kept in KEPT)]
+        speeds = _time({name: folders[name] for name in timed}, args.rounds)
+        result = {
+            name: {**_by_kind(found), **speeds.get(name, {"tpot_ms": {}}), **_size_of(folders[name])}
+            for name, found in seen.items()
+        }
+        best = max(set(seen) - {"full", *pruned}, key=lambda name: (result[name]["scores"][SERVED], name))
+        answer = _ask(folders[best])
+        outcome = {
+            "model": MODEL, "models": result, "served": f"{SERVED}/{best}", "question": QUESTION, "answer": answer,
+            "items_per_task": args.limit, "seconds": round(time.monotonic() - began, 1), "versions": versions(),
+            "hardware": hardware(), "made_by": made_by(),
+        }  # fmt: skip
+        write_json(work / "demo.json", outcome)
+    write_report([args.out], args.out / "report.html")
+    _show(result, args)
+    _say_how_to_go_on(args.out, best, answer)
+    return outcome
+
+
+def _check(args: argparse.Namespace) -> None:
     if args.limit < 1 or args.rounds < 1:
         raise UsageError("--limit, --rounds", f"are {args.limit} and {args.rounds}", "give 1 or more")
     if args.episodes < LEAST:
         raise UsageError("--episodes", f"is {args.episodes}", f"give {LEAST} or more")
-    began = time.monotonic()
-    with new_folder(args.out, args.force) as work:
-        names = _prune(work, args.episodes)
-        specialists = {"full": {task: resolve_model(MODEL) for task in TASKS}}
-        specialists |= {name: {task: work / task / name for task in TASKS} for name in names}
-        scores = {name: _score(name, folders, args.limit) for name, folders in specialists.items()}
-        speeds = _time({name: folders[SERVED] for name, folders in specialists.items()}, args.rounds)
-        result = {
-            name: {
-                "scores": {task: score for task, (score, _) in scores[name].items()},
-                "losses": {task: loss for task, (_, loss) in scores[name].items()},
-                **speeds[name],
-                **_size_of(folders[SERVED]),
-            }
-            for name, folders in specialists.items()
-        }
-        best = Path(SERVED, max(names, key=lambda name: (result[name]["scores"][SERVED], name)))
-        answer = _ask(work / best)
-        outcome = {
-            "model": MODEL,
-            "models": result,
-            "served": str(best),
-            "question": QUESTION,
-            "answer": answer,
-            "items_per_task": args.limit,
-            "seconds": round(time.monotonic() - began, 1),
-            "versions": versions(),
-            "hardware": hardware(),
-            "made_by": made_by(),
-        }
-        write_json(work / "demo.json", outcome)
-    _show(result, args.limit)
-    say(
-        "Each pruned row is one checkpoint per task, cut for that task and scored on it; sizes and times are\n"
-        f"those of the {SERVED} one. reap ranks experts once; leap is the agent, which tried {args.episodes} plans per task\n"
-        "in the running engine. Nothing was tuned: leap tune repairs what is still missing."
-    )
-    folder = args.out / best
-    say(f"\n{best} was served over HTTP and asked: {QUESTION}\nIt answered: {' '.join(answer.split())}")
-    say(
-        f"\nServe it yourself:  leap serve {folder}\n"
-        f"Talk to it:         curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-        f"                      -d '{json.dumps({'model': folder.name, 'messages': _messages(), 'max_tokens': 48})}'\n"
-        f"See what it holds:  leap inspect {folder}"
-    )
-    return outcome
+    if args.steps < 2 or args.steps % 2:
+        raise UsageError("--steps", f"is {args.steps}", "give an even number, 2 or more")
 
 
-def _prune(work: Path, episodes: int) -> list[str]:
-    """Profile the model on every task's training split, and cut one specialist per task and method."""
+def _tuned(kept: int) -> str:
+    return f"leap-{kept}-tuned"
+
+
+def _prune(work: Path, episodes: int, limit: int) -> Seen:
+    """Per task: profile, choose the experts, cut; everything is scored in the one engine that runs, plans applied to it."""
     from leap_serve.cut import cut
     from leap_serve.vllm_engine import VllmEngine
 
+    seen: Seen = {name: {} for name in ("full", RANKED, *(f"leap-{kept}" for kept in KEPT))}
     engine = VllmEngine(MODEL, dtype=scoring_dtype(None))
     try:
         for task in TASKS:
             with progress_bar(f"profile {MODEL} on {task}") as bar:
                 profile = engine.profile(load_task(task).items("train", PROFILE_ITEMS), bar)
             profile.save(work / task / "profile")
-            for method in METHODS:
-                plan = _search(engine, profile, task, episodes) if method == "leap" else _rank(profile, method)
-                plan.save(work / task / f"{method}-{KEPT}.json")
-                cut(resolve_model(MODEL), plan, work / task / f"{method}-{KEPT}")
+            plans = {RANKED: _rank(profile)}
+            plans |= {f"leap-{kept}": _search(engine, profile, task, kept, episodes) for kept in KEPT}
+            seen["full"][task] = _score(engine, "full", task, limit)
+            for name, plan in plans.items():
+                plan.save(work / task / f"{name}.json")
+                cut(resolve_model(MODEL), plan, work / task / name)
+                engine.apply(plan)
+                seen[name][task] = _score(engine, name, task, limit)
+                engine.restore()
     finally:
         engine.close()
-    return [f"{method}-{KEPT}" for method in METHODS]
+    return seen
 
 
-def _rank(profile: Profile, method: str) -> Plan:
-    """Keep what a criterion ranks highest."""
+def _rank(profile: Profile) -> Plan:
+    """Keep what REAP ranks highest."""
     from leap_training.saliency import Routing, allocate, scores
 
-    return allocate(scores(profile, method), Routing.of(profile), experts=KEPT, method=method)
+    method, _, kept = RANKED.partition("-")
+    return allocate(scores(profile, method), Routing.of(profile), experts=int(kept), method=method)
 
 
-def _search(engine: Engine, profile: Profile, task: str, episodes: int) -> Plan:
+def _search(engine: Engine, profile: Profile, task: str, kept: int, episodes: int) -> Plan:
     """Let the agent search, on validation items, with the engine's scores."""
     from leap_training.pruning_agent import AgentConfig, best_ranking, search
     from leap_training.pruning_space import Ledger, PruningSpace, engine_evaluator
@@ -133,35 +138,61 @@ def _search(engine: Engine, profile: Profile, task: str, episodes: int) -> Plan:
     from leap_training.splits import validation_part
 
     items = validation_part(load_task(task), "search", SEARCH_ITEMS)
-    ledger = Ledger(engine_evaluator(engine, items), PruningSpace.of(Routing.of(profile), experts=KEPT))
-    with search_view(f"search {task}", episodes) as view:
+    ledger = Ledger(engine_evaluator(engine, items), PruningSpace.of(Routing.of(profile), experts=kept))
+    with search_view(f"search {task}, {kept} of 64", episodes) as view:
         return search(
             profile, best_ranking(profile, ledger)[1], ledger, AgentConfig(episodes=episodes),
             report=lambda metrics: view.show(ledger.evaluations, *ledger.best()[1:], metrics), task=task,
         ).plan  # fmt: skip
 
 
-def _score(name: str, folders: Mapping[str, Path], limit: int) -> dict[str, tuple[float, float]]:
-    """Score each task's checkpoint on unseen items of that task; returns (score, loss) by task."""
-    from leap_serve.evaluate import evaluate
+def _tune(work: Path, steps: int, limit: int) -> Seen:
+    """Tune the agent's cuts: routing agent and adapters on actively chosen items, beside a copy of the weights; score."""
+    from leap_serve.cli.tune import tune
     from leap_serve.vllm_engine import VllmEngine
+    from leap_training.splits import validation_part
+    from leap_training.tune import TuneConfig, TuneData, Tuner
+    from leap_training.tune_result import write_tuned
 
-    out: dict[str, tuple[float, float]] = {}
-    loaded: VllmEngine | None = None
-    try:
-        for task_name, folder in folders.items():
-            if loaded is None or loaded.model != folder:
-                if loaded is not None:
-                    loaded.close()
-                loaded = VllmEngine(folder)
-            task = load_task(task_name)
-            with progress_bar(f"eval {name} on {task_name}") as bar:
-                outcome = evaluate(loaded, task, task.items("test", limit), bar)
-            out[task_name] = (outcome.score, outcome.loss)
-    finally:
-        if loaded is not None:
-            loaded.close()
-    return out
+    config = TuneConfig(
+        rounds=2, labels=LABELS // 2, steps=steps, lr_warmup=10, router_warmup=4, router_every=8, patience=0
+    )  # fmt: skip
+    seen: Seen = {_tuned(kept): {} for kept in KEPT}
+    for name in TASKS:
+        task = load_task(name)
+        parts = (validation_part(task, part, HELD_OUT) for part in ("stopping", "router"))
+        data = TuneData(task.items("train", 2 * LABELS), task.items("test"), *parts)
+        for kept in KEPT:
+            source, out = work / name / f"leap-{kept}", work / name / _tuned(kept)
+            with noted_bar(f"tune {name}, {kept} of 64") as bar:
+                tuner = Tuner(source, data, config)
+                report = tune(tuner, bar, task=name, model=str(source))
+            shutil.copytree(source, out)
+            write_tuned(tuner, out, report)
+            del tuner
+            engine = VllmEngine(out, dtype=scoring_dtype(None))
+            try:
+                seen[_tuned(kept)][name] = _score(engine, _tuned(kept), name, limit)
+            finally:
+                engine.close()
+    return seen
+
+
+def _score(engine: Engine, name: str, task_name: str, limit: int) -> Evaluation:
+    """Score what the engine holds on unseen items of a task."""
+    from leap_serve.evaluate import evaluate
+
+    task = load_task(task_name)
+    with progress_bar(f"eval {name} on {task_name}") as bar:
+        return evaluate(engine, task, task.items("test", limit), bar)
+
+
+def _by_kind(found: Mapping[str, Evaluation]) -> dict[str, dict[str, Any]]:
+    return {
+        "scores": {task: one.score for task, one in found.items()},
+        "losses": {task: one.loss for task, one in found.items()},
+        "metrics": {task: one.metric for task, one in found.items()},
+    }
 
 
 def _time(folders: Mapping[str, Path], rounds: int) -> dict[str, dict[str, Any]]:
@@ -185,7 +216,9 @@ def _time(folders: Mapping[str, Path], rounds: int) -> dict[str, dict[str, Any]]
 def _size_of(folder: Path) -> dict[str, Any]:
     checkpoint = Checkpoint.open(folder)
     counts = checkpoint.plan.counts if checkpoint.plan else [checkpoint.num_experts] * len(checkpoint.moe_layers)
-    return {"weights_bytes": checkpoint.weight_bytes, "retained": counts}
+    return {
+        "weights_bytes": checkpoint.weight_bytes, "retained": counts, "flops_per_token": flops_per_token(checkpoint),
+    }  # fmt: skip
 
 
 def _ask(folder: Path) -> str:
@@ -195,12 +228,8 @@ def _ask(folder: Path) -> str:
     from leap_serve.launch import Server
 
     with Server(folder) as server:
-        body = {
-            "model": server.name,
-            "messages": [{"role": "user", "content": QUESTION}],
-            "max_tokens": 48,
-            "temperature": 0,
-        }
+        messages = [{"role": "user", "content": QUESTION}]
+        body = {"model": server.name, "messages": messages, "max_tokens": 48, "temperature": 0}
         reply = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
         if reply.status_code != 200:
             raise LeapError(server.url, f"answered {reply.status_code}: {reply.text[:200]}", "see leap env")
@@ -208,24 +237,40 @@ def _ask(folder: Path) -> str:
         return answer
 
 
-def _messages() -> list[dict[str, str]]:
-    return [{"role": "user", "content": QUESTION}]
-
-
-def _show(result: Mapping[str, Mapping[str, Any]], limit: int) -> None:
-    header = [
-        "model",
-        *(f"{task} %" for task in TASKS),
-        *(f"TPOT ms, batch {b}" for b in BATCHES),
-        f"tok/s, batch {BATCHES[-1]}",
-        "weights MiB",
-    ]
-    rows = [
+def _show(result: Mapping[str, Mapping[str, Any]], args: argparse.Namespace) -> None:
+    table(
+        f"{MODEL}: full, with {' and '.join(map(str, KEPT))} of its 64 experts, and tuned; {args.limit} unseen items per task",
+        ["model", *(f"{task} %" for task in TASKS), *(f"{task} loss" for task in TASKS)],
         [
-            name, *(f"{100 * model['scores'][task]:.1f}" for task in TASKS),
-            *(f"{model['tpot_ms'][str(batch)]:.2f}" for batch in BATCHES), f"{model['tok_s']:.0f}",
-            f"{model['weights_bytes'] / 2**20:.1f}",
-        ]
-        for name, model in result.items()
-    ]  # fmt: skip
-    table(f"{MODEL}: full and with {KEPT} of its 64 experts, {limit} unseen items per task", header, rows)
+            [name, *(f"{100 * model['scores'][task]:.1f}" for task in TASKS),
+             *(f"{model['losses'][task]:.3f}" for task in TASKS)]
+            for name, model in result.items()
+        ],
+    )  # fmt: skip
+    table(
+        f"sizes and times of those for {SERVED}",
+        ["model", *(f"TPOT ms, batch {b}" for b in BATCHES), f"tok/s, batch {BATCHES[-1]}", "weights MiB"],
+        [
+            [name, *(f"{model['tpot_ms'][str(batch)]:.2f}" for batch in BATCHES), f"{model['tok_s']:.0f}",
+             f"{model['weights_bytes'] / 2**20:.1f}"]
+            for name, model in result.items() if model["tpot_ms"]
+        ],
+    )  # fmt: skip
+    say(
+        "Each pruned row is one checkpoint per task, made for that task and scored on it. reap ranks experts once; leap is\n"
+        f"the agent, which tried {args.episodes} plans per task and size in the running engine; tuned is that cut after\n"
+        f"{args.steps} steps on {LABELS} items, chosen from {2 * LABELS}."
+    )
+
+
+def _say_how_to_go_on(out: Path, best: str, answer: str) -> None:
+    folder = out / SERVED / best
+    messages = [{"role": "user", "content": QUESTION}]
+    say(f"\n{folder} was served over HTTP and asked: {QUESTION}\nIt answered: {' '.join(answer.split())}")
+    say(
+        f"\nSee it in a browser: {out / 'report.html'}\n"
+        f"Serve it yourself:  leap serve {folder}\n"
+        f"Talk to it:         curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f"                      -d '{json.dumps({'model': folder.name, 'messages': messages, 'max_tokens': 48})}'\n"
+        f"See what it holds:  leap inspect {folder}"
+    )
