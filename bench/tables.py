@@ -226,8 +226,8 @@ def labels_needed(rows: Rows) -> Table:
         body.append([f"{100 * share:.1f} % ({100 * share * full:.1f})", *needed, *claim])
     return Table(
         "LEAP, table 6: labels needed for a share of the full model's score",
-        f"leap-tiny, {HARD[0]}, {HARD[1]} of 64 experts, 400 steps however many labels; levels by the mean score over seeds at "
-        "1, 2, 4, 8, 10 × 1,024 labels.",
+        f"leap-tiny, {HARD[0]}, {HARD[1]} of 64 experts, 400 steps however many labels; a level "
+        "counts as reached by the mean score over seeds, at the numbers of labels that were measured.",
         ["share of the full score (score in %)", "random batches", "active learning",
          *_claimed(["random", "active learning"])],
         body,
