@@ -31,12 +31,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         say("give --base MODEL to compare every byte with the model it was cut from")
         return report.to_json()
     table(
-        f"{args.checkpoint} against {args.base}: byte-identical",
+        f"{args.checkpoint} against {args.base}: " + ("as its plan makes it" if report.remade else "byte-identical"),
         ["tensors", "number"],
         [
             ["copied untouched", report.untouched],
             ["of retained experts, renumbered", report.renumbered],
             ["sliced to the retained experts' rows", report.sliced],
+            ["changed by the plan, computed anew", report.remade],
             ["beside the weights, not from the base", ", ".join(report.overlays) or "nothing"],
             ["GiB compared", f"{report.bytes_compared / 2**30:.3f}"],
         ],
