@@ -13,23 +13,26 @@ import httpx
 
 
 class Proxy:
-    """What passed: ``asked`` holds the path and body of every request that was forwarded.
+    """What passed: ``asked`` holds the path, the body and the key of every request that was forwarded.
 
     ``faults`` are spent one per request before anything is forwarded: a status, "html" (a page with status 200),
-    or "hang up". ``key`` is demanded where it is set.
+    or "hang up". ``key`` is demanded where it is set. After ``stalls_after`` completions no further one is answered.
     """
 
     def __init__(self, target: str) -> None:
         self.target, self.url = target, ""
         self.faults: list[int | str] = []
-        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.asked: list[tuple[str, dict[str, Any], str]] = []
         self.tries = 0
         self.key: str | None = None
+        self.stalls_after: int | None = None
+        self.ended = threading.Event()
         self.lock = threading.Lock()
 
-    def prompts(self) -> list[Any]:
-        """The prompts of all completions so far."""
-        return [body["prompt"] for path, body in self.asked if path == "/v1/completions"]
+    def prompts(self, key: str | None = None) -> list[Any]:
+        """The prompts of all completions so far, or of those that were asked for with a key."""
+        sent = [(body, given) for path, body, given in self.asked if path == "/v1/completions"]
+        return [body["prompt"] for body, given in sent if key is None or given == key]
 
 
 @contextmanager
@@ -61,8 +64,12 @@ def proxy_before(target: str) -> Iterator[Proxy]:
             elif proxy.key is not None and self.headers.get("authorization") != f"Bearer {proxy.key}":
                 self._answer(401, b"{}")
             else:
+                key = self.headers.get("authorization", "").removeprefix("Bearer ")
                 with proxy.lock:
-                    proxy.asked.append((self.path, json.loads(body or b"{}")))
+                    proxy.asked.append((self.path, json.loads(body or b"{}"), key))
+                    late = proxy.stalls_after is not None and len(proxy.prompts()) > proxy.stalls_after
+                if late:
+                    proxy.ended.wait(120)
                 told = client.request(
                     self.command, self.path, content=body, headers={"content-type": "application/json"}
                 )
@@ -89,6 +96,7 @@ def proxy_before(target: str) -> Iterator[Proxy]:
     try:
         yield proxy
     finally:
+        proxy.ended.set()
         server.shutdown()
         server.server_close()
         client.close()
