@@ -21,22 +21,25 @@ LONG = {
     "naee": ["--experts", "4", *ITEMS], "naee-progressive": ["--experts", "4", *ITEMS],
     "moe-i2": ["--experts", "4", *ITEMS], "hc-smoe": ["--experts", "4", *ITEMS],
     "lexi": ["--budget", "0.75", "--draws", "40"], "eep": ["--experts", "4", *ITEMS, "--episodes", "120"],
-    "tsep": ["--experts", "4", "--task", "toy-gsm", "--train-items", "40", "--steps", "40"],
+    "tsep": ["--experts", "4", "--task", "toy-gsm", "--train-items", "4", "--steps", "12"],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("method", LONG)
 def test_a_killed_search_ends_with_the_same_plan(
-    method: str, family_checkpoint: Callable[[str], Path], tmp_path: Path
+    method: str, family_checkpoint: Callable[[str], Path], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     model = talking_copy(family_checkpoint("qwen3_moe"), tmp_path / "m")
+    running: list[subprocess.Popen[bytes]] = []
+    request.addfinalizer(lambda: [one.kill() for one in running])
 
     def start(name: str) -> subprocess.Popen[bytes]:
         flags = ["--state", str(tmp_path / name), "-o", str(tmp_path / f"{name}.json")]
         code = "import sys; from leap_serve.cli import main; sys.exit(main(sys.argv[1:]))"
         command = [sys.executable, "-c", code, "search", str(model), "--method", method, *LONG[method], *flags]
         environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        running.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        return running[-1]
 
     assert start("whole").wait(timeout=300) == 0
     killed, state = start("killed"), tmp_path / "killed"
