@@ -152,7 +152,8 @@ def rage(shared: Shared, requests: int, concurrency: int, seed: int = 0) -> Stor
     }
 
     async def run() -> Storm:
-        limits = httpx.Limits(max_connections=2 * concurrency)
+        # The server closes what is idle for 5 s; the client must be the first to give such a connection up.
+        limits = httpx.Limits(max_connections=2 * concurrency, keepalive_expiry=1.0)
         async with httpx.AsyncClient(base_url=shared.server.url, timeout=300, limits=limits) as client:
             storm = Storm(shared, client, random.Random(seed), right)
             left = iter(range(requests))

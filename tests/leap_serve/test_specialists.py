@@ -216,6 +216,15 @@ def test_malformed_bodies_are_refused_in_words(body: bytes, status: int, base: B
     assert error["code"] == status and error["message"]
 
 
+def test_a_refusal_may_quote_what_utf8_cannot_hold(model: Path, base: Base) -> None:
+    plan = plan_of(model)
+    foreign = replace(plan, base=replace(plan.base, id="\ud800", sha256="0" * 64)).to_json()
+    headers = {ADMIN_HEADER: "right", "Content-Type": "application/json"}
+    body = json.dumps({"name": "a", "plan": foreign}).encode()
+    refused = client(base).post("/v1/leap/specialists", headers=headers, content=body)
+    assert (refused.status_code, "was made for ?" in refused.json()["error"]["message"]) == (400, True)
+
+
 def test_names_that_are_gone_are_counted_no_more() -> None:
     registry = CollectorRegistry()
     counters = Counters(registry)
