@@ -36,14 +36,15 @@ class Interval:
 
 
 def proportion(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Return the mean of values that are 0 or 1 with Wilson's interval (1927), which has a width at 0 % and 100 %, too.
-
-    Raises LeapError without values.
-    """
-    n = len(values)
-    if not n:
+    """Return the mean of values that are 0 or 1 with Wilson's interval. Raises LeapError without values."""
+    if not values:
         raise LeapError("proportion", "0 values", "give one per item")
-    mean, z = sum(values) / n, NormalDist().inv_cdf((1 + confidence) / 2)
+    return wilson(sum(values) / len(values), len(values), confidence)
+
+
+def wilson(mean: float, n: int, confidence: float = CONFIDENCE) -> Interval:
+    """Return a proportion of n ≥ 1 items with Wilson's interval (1927), which has a width at 0 % and 100 %, too."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
     middle = (mean + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
     return Interval(mean, max(0.0, middle - half), min(1.0, middle + half), confidence, n)

@@ -11,12 +11,12 @@ from typing import Any
 from leap_serve.errors import CheckpointError
 from leap_serve.plan import Plan
 from leap_serve.report.model import Bound, Curve, Gate, Interval, Learning, Score, Table
+from leap_serve.statistics import wilson
 
 METRICS = {"toy-gsm": "exact match", "toy-code": "pass@1", "toy-xsum": "ROUGE-L"}
 """Of the tasks that files name without their metric."""
 BINARY = ("exact match", "pass@1", "accuracy")
 """Metrics that are 0 or 1 for each item, so that their number alone gives an interval."""
-Z = 1.959964
 """97.5 % quantile of the normal distribution."""
 
 
@@ -64,13 +64,6 @@ def needed(value: Any) -> float:
     return found
 
 
-def wilson(score: float, items: int) -> Interval:
-    """Wilson's 95 % interval of a proportion (Wilson 1927)."""
-    middle = (score + Z * Z / (2 * items)) / (1 + Z * Z / items)
-    half = Z * math.sqrt(score * (1 - score) / items + Z * Z / (4 * items * items)) / (1 + Z * Z / items)
-    return Interval(score, max(0.0, middle - half), min(1.0, middle + half))
-
-
 def interval(value: float, found: Any) -> Interval:
     """A value with the interval that leap_serve.statistics wrote, or as a pair; without one it stands alone."""
     if isinstance(found, Mapping):
@@ -86,7 +79,8 @@ def score(found: Mapping[str, Any], task: str, differences: Mapping[str, Any] | 
     metric = str(found.get("metric") or METRICS.get(task, "score"))
     spread = interval(value, found.get("interval"))
     if spread.low is None and metric in BINARY and isinstance(items, int) and items > 0 and 0 <= value <= 1:
-        spread = wilson(value, items)
+        found_by = wilson(value, items)
+        spread = Interval(value, found_by.low, found_by.high)
     paired = (differences or {}).get("score")
     difference = interval(needed(paired["mean"]), paired) if paired else None
     return Score(metric, spread, number(found.get("loss")), items if isinstance(items, int) else None, difference)

@@ -21,8 +21,8 @@ from leap_serve.profile import Profile
 from leap_serve.report import write_report
 from leap_serve.report.collect import collect
 from leap_serve.report.figures import trade_offs
-from leap_serve.report.read import wilson
 from leap_serve.report.scale import Scale, figure, spread_apart
+from leap_serve.statistics import wilson
 from leap_training.pruning_agent import Agent, AgentConfig, search
 from leap_training.saliency import scores
 from leap_training.search_state import StateFolder, fingerprint
