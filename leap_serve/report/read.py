@@ -17,7 +17,6 @@ METRICS = {"toy-gsm": "exact match", "toy-code": "pass@1", "toy-xsum": "ROUGE-L"
 """Of the tasks that files name without their metric."""
 BINARY = ("exact match", "pass@1", "accuracy")
 """Metrics that are 0 or 1 for each item, so that their number alone gives an interval."""
-"""97.5 % quantile of the normal distribution."""
 
 
 def json_of(path: Path) -> Any:
