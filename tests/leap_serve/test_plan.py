@@ -108,7 +108,10 @@ def _without(key: str) -> dict[str, Any]:
 
 BAD_FILES: dict[str, tuple[Any, str]] = {
     "not an object": ([1], "holds list, not an object"),
-    "version of the future": (PLAN.to_json() | {"format_version": 3}, "format_version is 3, this leap-serve reads 1 and 2"),
+    "version of the future": (
+        PLAN.to_json() | {"format_version": 3},
+        "format_version is 3, this leap-serve reads 1 and 2",
+    ),
     "no version": (_without("format_version"), "format_version is None"),
     "no layers": (_without("retained"), "is incomplete or ill-formed (KeyError('retained'))"),
     "no base": (_without("base_model"), "is incomplete"),
