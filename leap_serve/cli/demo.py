@@ -274,3 +274,11 @@ def _say_how_to_go_on(out: Path, best: str, answer: str) -> None:
         f"                      -d '{json.dumps({'model': folder.name, 'messages': messages, 'max_tokens': 48})}'\n"
         f"See what it holds:  leap inspect {folder}"
     )
+    plans = " ".join(
+        f"--specialist {task.removeprefix('toy-')}={out / task / f'leap-{KEPT[0]}.json'}" for task in TASKS
+    )
+    say(
+        f"\nOr serve every task from one full model, its experts shared, and ask them side by side:\n"
+        f"  leap serve {MODEL} {plans}\n"
+        f'  leap compare http://127.0.0.1:8000 --models {",".join(task.removeprefix("toy-") for task in TASKS)} --prompt "{QUESTION}"'
+    )
