@@ -100,7 +100,7 @@ def other_top_k(old: dict[str, int]) -> dict[str, int]:
 
 STOCK = "Qwen3MoeForCausalLM"
 CASES: dict[str, tuple[str, Damage, dict[str, Any], str]] = {
-    "unknown format_version": ("qwen3_moe", edit("leap.json", format_version=99), {}, "leap.json: format_version is 99, this leap-serve reads 1; update leap-serve"),
+    "unknown format_version": ("qwen3_moe", edit("leap.json", format_version=99), {}, "leap.json: format_version is 99, this leap-serve reads 1 and 2; update leap-serve"),
     "fewer experts than top_k": ("qwen3_moe", edit("leap.json", top_k=other_top_k), {}, "leap.json: layer 1 retains 2 experts but its top_k is 3; cut again, or set top_k[1] to 2"),
     "plan edited by hand": ("qwen3_moe", edit("leap.json", temperature=lambda old: {**old, "2": 9.0}), {}, "leap.json: says fingerprint"),
     "config of another cut": ("qwen3_moe", edit("config.json", leap_fingerprint="beef"), {}, "config.json: has fingerprint beef"),
