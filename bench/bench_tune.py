@@ -7,9 +7,9 @@
     python bench/bench_tune.py --summary
 
 Every run takes 400 expert steps of 32 items, labelled in 5 rounds, at most 10,240 of them (the paper's 10 × 1,024): fixed
-before the first run. It
-starts from plans that bench/search_methods.py found (rows there; a seed's run takes that seed's plan), tunes, writes the
-checkpoint as `leap tune` does, and scores it on 256 test items in the vLLM engine, where the full model is scored, too.
+before the first run. It starts from plans that bench/search_methods.py found (rows there; a seed's run takes that seed's
+plan), tunes, writes the checkpoint as `leap tune` does, and scores it on 256 test items in the vLLM engine, where the full
+model is scored, too.
 One row per (task, experts, method, labels, seed) in bench/results/tune.jsonl; a row that is there is not made again.
 """
 
@@ -44,9 +44,9 @@ from leap_training.tune_result import keep_router, report_of, write_plain, write
 RESULTS = Path(__file__).parent / "results" / "tune.jsonl"
 PLANS = Path(__file__).parent / "results" / "search_methods.jsonl"
 MODEL, TASKS, HARD = "leap-tiny", ("toy-gsm", "toy-code", "toy-xsum"), ("toy-gsm", 8)
-STEPS, ROUNDS, LABELS, POOL, TESTS = 400, 5, 2048, 12_288, 256
+ROUNDS = 5
 RANDOM = Acquisition(strategy="random")
-OWN = TuneConfig(rounds=ROUNDS, labels=LABELS, steps=STEPS, patience=0)
+OWN = TuneConfig(rounds=ROUNDS, patience=0)
 RIVAL = replace(OWN, experts="full", rl_router=False, acquisition=RANDOM)
 METHODS = {
     "leap": OWN,
@@ -66,6 +66,20 @@ LEVELS = (80, 160, 320, 640, 1280, 2560, 5120)
 
 
 @dataclass(frozen=True, slots=True)
+class Size:
+    """What every run takes: steps, labels at most, items to choose them from, and items of each held-out part."""
+
+    steps: int = 400
+    labels: int = 10_240
+    pool: int = 12_288
+    held_out: int = 256
+    tests: int = 256
+
+
+SMOKE = Size(10, 40, 60, 4, 4)
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """What a row is of; ``method`` "untuned" is the cut itself, with "full-model" nothing was cut."""
 
@@ -80,9 +94,11 @@ class Run:
         return cls(**{name: row[name] for name in cls.__dataclass_fields__})
 
 
-def planned(what: Sequence[str], seeds: Sequence[int], experts: Sequence[int], tasks: Sequence[str]) -> list[Run]:
-    """The runs of the questions asked, seeds outermost."""
-    runs, most = [], OWN.rounds * OWN.labels
+def planned(
+    what: Sequence[str], seeds: Sequence[int], experts: Sequence[int], tasks: Sequence[str], most: int
+) -> list[Run]:  # fmt: skip
+    """The runs of the questions asked, seeds outermost; ``most`` labels unless they are the question."""
+    runs = []
     for seed in seeds:
         if "scores" in what:
             for budget, task in itertools.product(experts, tasks):
@@ -134,13 +150,11 @@ def score(folder: Path, task_name: str, tests: int) -> dict[str, Any]:
         engine.close()
 
 
-def tune(folder: Path, run: Run, config: TuneConfig, out: Path) -> dict[str, Any]:
+def tune(folder: Path, run: Run, config: TuneConfig, size: Size, out: Path) -> dict[str, Any]:
     """Tune a cut into ``out``; what tune.json says."""
     task = load_task(run.task)
-    data = TuneData(
-        task.items("train", POOL, run.seed), task.items("test", None, run.seed),
-        validation_part(task, "stopping", 256, run.seed), validation_part(task, "router", 256, run.seed),
-    )  # fmt: skip
+    parts = (validation_part(task, part, size.held_out, run.seed) for part in ("stopping", "router"))
+    data = TuneData(task.items("train", size.pool, run.seed), task.items("test", None, run.seed), *parts)
     if config.teacher:
         config = replace(config, teacher=str(resolve_model(config.teacher)))
     tuner = Tuner(folder, data, config)
@@ -157,12 +171,12 @@ def tune(folder: Path, run: Run, config: TuneConfig, out: Path) -> dict[str, Any
     return report
 
 
-def settings(run: Run) -> TuneConfig:
+def settings(run: Run, size: Size) -> TuneConfig:
     """The method's settings, with the labels asked for dealt over its rounds."""
-    return replace(METHODS[run.method], labels=run.labels // ROUNDS, seed=run.seed)
+    return replace(METHODS[run.method], labels=run.labels // ROUNDS, steps=size.steps, seed=run.seed)
 
 
-def measure(run: Run, rows: Sequence[dict[str, Any]], tests: int, work: Path) -> dict[str, Any]:
+def measure(run: Run, rows: Sequence[dict[str, Any]], size: Size, work: Path) -> dict[str, Any]:
     """One run's figures."""
     began = time.monotonic()
     more: dict[str, Any] = {}
@@ -173,8 +187,8 @@ def measure(run: Run, rows: Sequence[dict[str, Any]], tests: int, work: Path) ->
         cut(resolve_model(MODEL), plan, folder)
         more["plan"] = plan.fingerprint
         if run.method != "untuned":
-            config = settings(run)
-            report = tune(folder, run, config, work / "tuned")
+            config = settings(run, size)
+            report = tune(folder, run, config, size, work / "tuned")
             folder = work / "tuned"
             more |= {
                 "steps": config.steps, "rounds": config.rounds, "router": report["router"],
@@ -183,7 +197,7 @@ def measure(run: Run, rows: Sequence[dict[str, Any]], tests: int, work: Path) ->
             }  # fmt: skip
     return {
         "bench": "tune", "model": MODEL, "task": run.task, "experts": run.experts, "method": run.method,
-        "labels": run.labels, "seed": run.seed, **score(folder, run.task, tests), **more,
+        "labels": run.labels, "seed": run.seed, **score(folder, run.task, size.tests), **more,
     }  # fmt: skip
 
 
@@ -216,15 +230,15 @@ def main() -> None:
     parser.add_argument("--experts", type=int, nargs="+", default=[16, 8, 4])
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tests", type=int, default=TESTS, help="test items")
+    parser.add_argument("--smoke", action="store_true", help="small enough for a test")
     parser.add_argument("--summary", action="store_true", help="measure nothing, print the table")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    done = {Run.of(row) for row in read(args.results)}
-    missing = [run for run in planned(args.what, args.seeds, args.experts, args.task) if run not in done]
+    size, done = SMOKE if args.smoke else Size(), {Run.of(row) for row in read(args.results)}
+    missing = [run for run in planned(args.what, args.seeds, args.experts, args.task, size.labels) if run not in done]
     for number, run in enumerate([] if args.summary else missing, 1):
         with tempfile.TemporaryDirectory() as work:
-            row = measure(run, read(PLANS), args.tests, Path(work))
+            row = measure(run, read(PLANS), size, Path(work))
         append_jsonl(args.results, stamped(row))
         say(f"{number}/{len(missing)} {run.task} {run.experts} {run.method} {run.labels} labels, seed {run.seed}: "
             f"score {100 * row['score']:.1f} %, loss {row['loss']:.3f}")  # fmt: skip
