@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from leap_serve.errors import CheckpointError, UsageError
+from leap_serve.errors import CheckpointError, LeapError, UsageError
 
 
 def read_json(path: Path) -> Any:
@@ -24,6 +24,18 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(path, "the file does not exist", "check the path") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(path, f"not valid JSON ({error})", "restore the file or make it again") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """Parse a YAML file of plain data. Raises LeapError where it is unreadable, FileNotFoundError where there is none."""
+    import yaml  # not needed by most of what imports this module
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise LeapError(path, f"is not readable YAML ({' '.join(str(error).split())})", "correct it") from None
 
 
 def write_json(path: Path, value: Any) -> None:

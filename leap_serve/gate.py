@@ -24,12 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from leap_serve.degeneration import degenerate
 from leap_serve.engine import Completion, Model, Progress
 from leap_serve.errors import LeapError, UsageError
 from leap_serve.evaluate import Evaluation, compare, evaluate, evaluate_text
+from leap_serve.files import read_yaml
 from leap_serve.statistics import Interval, paired_bootstrap
 from leap_serve.tasks.base import SPLITS, Split, Task
 from leap_serve.tasks.registry import load_task
@@ -92,11 +91,9 @@ class Gate:
     def load(cls, path: Path) -> Gate:
         """Read and check a gate's YAML; paths in it are relative to it. Raises LeapError that lists all that is wrong."""
         try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+            raw = read_yaml(path)
         except FileNotFoundError:
             raise UsageError("--gate", f"{path} does not exist", "check the path") from None
-        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-            raise LeapError(path, f"is not readable YAML ({' '.join(str(error).split())})", "correct it") from None
         problems = list(_problems(raw))
         if problems:
             raise LeapError(path, "; ".join(problems), "see the example in leap_serve/gate.py or the README")

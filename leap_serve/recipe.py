@@ -25,11 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from leap_serve.authors_yaml import SECTIONS, contradictions, translate
 from leap_serve.errors import LeapError, UsageError
-from leap_serve.files import read_json, sha256_of
+from leap_serve.files import read_json, read_yaml, sha256_of
 from leap_serve.hub import resolve_model
 from leap_serve.tasks.user import SUFFIXES, UserTask
 
@@ -84,11 +82,9 @@ class Recipe:
     def load(cls, path: Path) -> Recipe:
         """Read and check a recipe; raises LeapError that lists everything that is wrong with it."""
         try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+            raw = read_yaml(path)
         except FileNotFoundError:
             raise UsageError(path, "the file does not exist", "check the path") from None
-        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-            raise LeapError(path, f"is not readable YAML ({' '.join(str(error).split())})", "correct it") from None
         if not isinstance(raw, dict):
             raise LeapError(path, "is not a mapping", "give model, task or data, and stages")
         ours, claims, problems = translate(raw)

@@ -45,20 +45,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def layerwise(args: argparse.Namespace, source: Profile | Checkpoint, sizes: Sizes) -> Found:
     """Search every budget; refuses, before the model is loaded, what cannot be searched."""
+    _check(args)
+    checkpoint, routing = model_behind(args, source)
+    with ExitStack() as stack:
+        home = args.state or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        job = _Job(args, checkpoint, routing, home)
+        run = {"lexi": job.lexi, "moe-i2": job.moe_i2, "hc-smoe": job.hc_smoe}.get(args.method, job.naee)
+        return run(sizes)
+
+
+def model_behind(args: argparse.Namespace, source: Profile | Checkpoint) -> tuple[Checkpoint, Routing]:
+    """The model that a search needs beside its source, and how it routes; UsageError where a profile is of another."""
     from leap_training.saliency import Routing
 
-    _check(args)
     given = args.model or (isinstance(source, Profile) and (source.made_by.get("model") or source.base.id))
     checkpoint = Checkpoint.open(resolve_model(str(given))) if given else source
     assert isinstance(checkpoint, Checkpoint)
     routing = Routing.of(checkpoint)
     if isinstance(source, Profile) and source.base.sha256 != routing.base.sha256:
         raise UsageError(args.source, f"is not a profile of {checkpoint.folder}", "give --model, or the right profile")
-    with ExitStack() as stack:
-        home = args.state or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        job = _Job(args, checkpoint, routing, home)
-        run = {"lexi": job.lexi, "moe-i2": job.moe_i2, "hc-smoe": job.hc_smoe}.get(args.method, job.naee)
-        return run(sizes)
+    return checkpoint, routing
 
 
 @dataclass(frozen=True, slots=True)

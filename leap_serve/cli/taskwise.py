@@ -9,9 +9,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from leap_serve.checkpoint import Checkpoint, resolve_model
+from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli.console import progress_bar
 from leap_serve.cli.engines import scoring_dtype
+from leap_serve.cli.layerwise import model_behind
 from leap_serve.encoding import items_sha256
 from leap_serve.errors import UsageError
 from leap_serve.plan import Plan
@@ -38,15 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def taskwise(args: argparse.Namespace, source: Profile | Checkpoint, sizes: Sizes) -> Found:
     """Search every size; refuses, before the model is loaded, what cannot be searched."""
     from leap_training.pruning_space import PruningSpace
-    from leap_training.saliency import Routing
 
     _check(args, len(sizes))
-    given = args.model or (isinstance(source, Profile) and (source.made_by.get("model") or source.base.id))
-    checkpoint = Checkpoint.open(resolve_model(str(given))) if given else source
-    assert isinstance(checkpoint, Checkpoint)
-    routing = Routing.of(checkpoint)
-    if isinstance(source, Profile) and source.base.sha256 != routing.base.sha256:
-        raise UsageError(args.source, f"is not a profile of {checkpoint.folder}", "give --model, or the right profile")
+    checkpoint, routing = model_behind(args, source)
     shared = {"allocation": args.allocation, "top_k": args.top_k, "temperature": args.temperature}
     spaces = {label: PruningSpace.of(routing, **size, **shared) for label, size in sizes.items()}
     found: Found = {}

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from leap_serve.errors import LeapError, UsageError
+from leap_serve.files import read_yaml
 from leap_serve.metrics import METRICS
 from leap_serve.tasks.base import SPLITS, Item, Split
 from leap_serve.tasks.rows import Data, Row, Source
@@ -58,11 +57,9 @@ class UserTask:
     def load(cls, path: Path, data: Path | None = None) -> UserTask:
         """Read and check a task file; ``data`` replaces its splits. Raises LeapError that lists all that is wrong."""
         try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+            raw = read_yaml(path)
         except FileNotFoundError:
             raise UsageError("--task", f"{path} does not exist", "check the path") from None
-        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-            raise LeapError(path, f"is not readable YAML ({' '.join(str(error).split())})", "correct it") from None
         if not isinstance(raw, dict):
             raise LeapError(path, "is not a mapping", "give prompt, answer, metric and splits")
         problems = list(_problems(raw))

@@ -20,12 +20,11 @@ import numpy as np
 
 from leap_serve.checkpoint import Checkpoint, check_narrow, width_of
 from leap_serve.errors import UsageError
-from leap_serve.overlays import part_of_expert
 from leap_serve.plan import Plan
 from leap_serve.profile import Profile
 from leap_serve.provenance import made_by
 from leap_serve.remake import values
-from leap_training.methods.moe_pruner import norms_of
+from leap_training.methods.moe_pruner import expert_matrices
 from leap_training.saliency import Array
 
 
@@ -33,14 +32,9 @@ def importance(profile: Profile, checkpoint: Checkpoint) -> dict[int, Array]:
     """Return the importance of every expert's channels, {layer: [E, I] float64}."""
     width = width_of(checkpoint)
     found = {index: np.zeros((profile.num_experts, width)) for index in profile.layers}
-    for name, entry in checkpoint.tensors.items():
-        role = checkpoint.role(name)
-        part = part_of_expert(role)
-        if role.layer not in found or part is None:
-            continue
-        norms = norms_of(profile.layers[role.layer], profile.items, part == "down")[role.expert]
+    for layer, expert, part, entry, norms in expert_matrices(profile, checkpoint):
         matrix = np.abs(values(entry).astype(np.float64))
-        found[role.layer][role.expert] += matrix.sum(0) * norms if part == "down" else matrix @ norms
+        found[layer][expert] += matrix.sum(0) * norms if part == "down" else matrix @ norms
     return found
 
 

@@ -6,7 +6,7 @@ lowest of every output row, or 2:4, become zero. Ours: as an expert's score the 
 norm being √(mean over items of Σ_t (g_t·x_tj)²); for the down projection x is the intermediate.
 
 The native form removes single weights: in a dense kernel neither memory nor time is saved, and the plan says so.
-Its knowledge distillation is ``leap tune --baseline moe-pruner`` (leap_training.distill).
+Its knowledge distillation is ``leap tune --baseline kd-experts`` (leap_training.distill).
 
 Cost: a profile with channel sums (the intermediate of every routed token is computed twice), one reading of the
 expert weights, a matrix at a time. No gradients.
@@ -14,6 +14,7 @@ expert weights, a matrix at a time. No gradients.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,7 @@ from leap_serve.plan import LayerPlan, Plan, Zeroed
 from leap_serve.profile import LayerProfile, Profile
 from leap_serve.provenance import made_by
 from leap_serve.remake import values
+from leap_serve.tensorfile import TensorEntry
 from leap_training.saliency import Array
 
 
@@ -38,19 +40,26 @@ def norms_of(layer: LayerProfile, items: int, down: bool) -> Array:
     return np.sqrt(sums / items)
 
 
+def expert_matrices(
+    profile: Profile, checkpoint: Checkpoint
+) -> Iterator[tuple[int, int, str, TensorEntry, Array]]:  # fmt: skip
+    """Every expert matrix of the profile's layers: layer, expert, part, its tensor, the norms of its input channels."""
+    for name, entry in checkpoint.tensors.items():
+        role = checkpoint.role(name)
+        part = part_of_expert(role)
+        if role.layer in profile.layers and part is not None:
+            norms = norms_of(profile.layers[role.layer], profile.items, part == "down")[role.expert]
+            yield role.layer, role.expert, part, entry, norms
+
+
 def moe_pruner(profile: Profile, checkpoint: Checkpoint) -> dict[int, Array]:
     """Return every expert's score Σ_ij |W_ij|·norm_j over gate, up and down, {layer: [E] float64}.
 
     Raises UsageError where the profile has no channel sums.
     """
     found = {index: np.zeros(profile.num_experts) for index in profile.layers}
-    for name, entry in checkpoint.tensors.items():
-        role = checkpoint.role(name)
-        part = part_of_expert(role)
-        if role.layer not in found or part is None:
-            continue
-        norms = norms_of(profile.layers[role.layer], profile.items, part == "down")[role.expert]
-        found[role.layer][role.expert] += float(np.abs(values(entry)).sum(0, dtype=np.float64) @ norms)
+    for layer, expert, _, entry, norms in expert_matrices(profile, checkpoint):
+        found[layer][expert] += float(np.abs(values(entry)).sum(0, dtype=np.float64) @ norms)
     return found
 
 
