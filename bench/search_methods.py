@@ -36,6 +36,7 @@ from leap_serve.engine import mean_loss
 from leap_serve.evaluate import evaluate
 from leap_serve.files import append_jsonl
 from leap_serve.profile import Profile
+from leap_serve.statistics import mean_of_few
 from leap_serve.tasks.registry import load_task
 from leap_serve.vllm_engine import VllmEngine
 from leap_training.controls import SEARCHES, Given, Material, esp_evaluator
@@ -53,9 +54,9 @@ COUNTED = ("evo-counts", "evo-counts-esp")
 SOURCE = 16
 """Experts a layer keeps where the policy comes from that --meta carries to another budget."""
 POINTS = (25, 50, 100, 166, 250, 500)
+SCORED = (50, 166)
+"""Where the task score is taken as well; at the end it always is."""
 PROFILED = 256
-# Quantiles of Student's t at 97.5 % for 1, 2, … degrees of freedom.
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +141,7 @@ class Bench:
                 marks = cost.marks
                 more |= {"forward_items": cost.forward_items, "backward_items": cost.backward_items}
         more["search_seconds"] = time.perf_counter() - began
-        steps = improvements(ledger, marks)
-        return {**asdict(run), **more, **self.held_out(run, ledger, steps)}
+        return {**asdict(run), **more, **self.held_out(run, ledger, marks)}
 
     def one_shot(self, run: Run) -> Scores:
         """Saliency of a one-shot criterion."""
@@ -183,48 +183,42 @@ class Bench:
             search(profile, prior, ledger, config, warm=warm, save_policy=path)
         return path
 
-    def held_out(self, run: Run, ledger: Ledger, steps: list[tuple[float, bytes]]) -> dict[str, Any]:
-        """Losses of the best plans so far on test items, and the task score of the last."""
+    def held_out(self, run: Run, ledger: Ledger, marks: Sequence[float]) -> dict[str, Any]:
+        """Losses and task scores of the best plans so far on test items; ``marks`` says what each plan counts as."""
         task = load_task(run.task)
         items = task.items("test", run.held_out)
-        final = ledger.best()[0]
-        at = {n: last(steps, n) for n in POINTS if n < run.evaluations} | {max(run.evaluations, 1): final.tobytes()}
-        known = {key: ledger.subset(key) for key in at.values() if key is not None}
-        plans = {key: ledger.space.plan(chosen) for key, chosen in known.items()}
+        final, end = ledger.best()[0].tobytes(), max(run.evaluations, 1)
+        at = {n: best_after(ledger, n, marks) for n in POINTS if n < run.evaluations} | {end: final}
+        plans = {key: ledger.space.plan(ledger.subset(key)) for key in at.values() if key is not None}
         losses = dict(zip(plans, map(mean_loss, self.engine.score_plans(list(plans.values()), items)), strict=True))
-        plan = plans[final.tobytes()]
-        self.engine.apply(plan)
-        try:
-            outcome = evaluate(self.engine, task, items)
-        finally:
-            self.engine.restore()
+        scores: dict[bytes, float] = {}
+        for key in {at[n]: n for n in (*SCORED, end) if at.get(n) is not None}:
+            assert key is not None
+            self.engine.apply(plans[key])
+            try:
+                scores[key] = evaluate(self.engine, task, items).score
+            finally:
+                self.engine.restore()
         return {
             "points": {
                 str(n): {"search_loss": ledger.losses[key], "held_out_loss": losses[key]}
+                | ({"score": scores[key]} if key in scores else {})
                 for n, key in at.items() if key is not None
             },
-            "search_loss": ledger.losses[final.tobytes()], "held_out_loss": losses[final.tobytes()],
-            "score": outcome.score, "metric": outcome.metric, "plans_evaluated": ledger.evaluations,
-            "improvements": [[round(n, 2), ledger.rewards[key], ledger.losses[key]] for n, key in steps],
-            "fingerprint": plan.fingerprint, "retained": [list(layer.retained) for layer in plan.layers.values()],
+            "search_loss": ledger.losses[final], "held_out_loss": losses[final],
+            "score": scores[final], "metric": task.metric, "plans_evaluated": ledger.evaluations,
+            "improvements": [[round(n, 2), reward, loss] for n, reward, loss in ledger.improvements(marks)],
+            "fingerprint": plans[final].fingerprint,
+            "retained": [list(layer.retained) for layer in plans[final].layers.values()],
         }  # fmt: skip
 
 
-def improvements(ledger: Ledger, marks: Sequence[float]) -> list[tuple[float, bytes]]:
-    """The evaluations at which a better plan was found, and its key; ``marks`` says what each plan counts as."""
-    found: list[tuple[float, bytes]] = []
-    best = -math.inf
-    for number, (key, reward) in enumerate(ledger.rewards.items()):
-        if reward > best:
-            best = reward
-            found.append((marks[number] if marks else number + 1, key))
-    return found
-
-
-def last(steps: list[tuple[float, bytes]], evaluations: int) -> bytes | None:
-    """The best plan's key after so many evaluations."""
-    keys = [key for n, key in steps if n <= evaluations]
-    return keys[-1] if keys else None
+def best_after(ledger: Ledger, evaluations: float, marks: Sequence[float]) -> bytes | None:
+    """The key of the best plan that may be returned after so many evaluations; None where there is none yet."""
+    known = sum((marks[place] if marks else place + 1) <= evaluations for place in range(ledger.evaluations))
+    curve = ledger.curve[:known]
+    found = bool(curve) and math.isfinite(curve[-1])
+    return list(ledger.losses)[curve.index(curve[-1])] if found else None
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -232,21 +226,12 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % t-interval of the mean; the value itself where there is one only."""
-    if len(values) < 2:
-        return values[0], values[0]
-    half = T975[min(len(values) - 2, len(T975) - 1)] * statistics.stdev(values) / math.sqrt(len(values))
-    mean = statistics.fmean(values)
-    return mean - half, mean + half
-
-
 def shown(values: Sequence[float], digits: int = 3) -> str:
     """Median, interval and number."""
     if not values:
         return "–"
-    low, high = interval(values)
-    span = f" [{low:.{digits}f}, {high:.{digits}f}]" if len(values) > 1 else ""
+    spread = mean_of_few(values)
+    span = f" [{spread.low:.{digits}f}, {spread.high:.{digits}f}]" if spread.n > 1 else ""
     return f"{statistics.median(values):.{digits}f}{span}"
 
 
@@ -283,13 +268,22 @@ def summarise(rows: list[dict[str, Any]]) -> None:
             ["method", "seeds", *map(str, points), "held-out loss", "/ REAP", "score %", "Jaccard", "spread", "s"],
             lines,
         )
+        table(
+            f"{task}, {experts} experts a layer, on test items: loss, and score in %, of the best plan so far",
+            ["method", *(f"loss at {n}" for n in points), *(f"score at {n}" for n in (*SCORED, points[-1]))],
+            [
+                [name, *(shown(at(found, n, "held_out_loss"), 2) for n in points),
+                 *(shown([100 * x for x in at(found, n, "score")], 1) for n in (*SCORED, points[-1]))]
+                for name, found in sorted(by_method.items()) if found[0]["method"] not in ONE_SHOT
+            ],
+        )  # fmt: skip
     thirds(rows)
     meta(rows)
 
 
 def at(rows: Iterable[dict[str, Any]], n: int, what: str) -> list[float]:
-    """A loss after n evaluations, of every row that has it."""
-    return [row["points"][str(n)][what] for row in rows if str(n) in row["points"]]
+    """A loss or score after n evaluations, of every row that has it."""
+    return [row["points"][str(n)][what] for row in rows if what in row["points"].get(str(n), {})]
 
 
 def held(rows: Iterable[dict[str, Any]]) -> list[float]:
