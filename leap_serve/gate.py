@@ -31,6 +31,7 @@ from leap_serve.evaluate import Evaluation, compare, evaluate, evaluate_text
 from leap_serve.files import read_yaml
 from leap_serve.statistics import Interval, paired_bootstrap
 from leap_serve.tasks.base import SPLITS, Split, Task
+from leap_serve.tasks.chat import in_chat
 from leap_serve.tasks.registry import load_task
 from leap_serve.tasks.text import Text
 
@@ -88,8 +89,11 @@ class Gate:
     by: Literal["mean", "interval"] = "mean"
 
     @classmethod
-    def load(cls, path: Path) -> Gate:
-        """Read and check a gate's YAML; paths in it are relative to it. Raises LeapError that lists all that is wrong."""
+    def load(cls, path: Path, chat: bool = False) -> Gate:
+        """Read and check a gate's YAML; paths in it are relative to it. Raises LeapError that lists all that is wrong.
+
+        ``chat``: the models are asked through chat completions.
+        """
         try:
             raw = read_yaml(path)
         except FileNotFoundError:
@@ -97,7 +101,7 @@ class Gate:
         problems = list(_problems(raw))
         if problems:
             raise LeapError(path, "; ".join(problems), "see the example in leap_serve/gate.py or the README")
-        return cls(str(path), tuple(_check(entry, path.parent) for entry in raw["checks"]), raw.get("by", "mean"))
+        return cls(str(path), tuple(_check(entry, path.parent, chat) for entry in raw["checks"]), raw.get("by", "mean"))
 
 
 def run_gate(
@@ -192,7 +196,7 @@ def _negated(found: Interval) -> Interval:
     return Interval(-found.mean, -found.high, -found.low, found.confidence, found.n)
 
 
-def _check(entry: Mapping[str, Any], folder: Path) -> Check:
+def _check(entry: Mapping[str, Any], folder: Path, chat: bool) -> Check:
     bounds = {name: float(entry[name]) for name in BOUNDS if name in entry}
     split = entry.get("split", "test")
     if "text" in entry:
@@ -204,7 +208,9 @@ def _check(entry: Mapping[str, Any], folder: Path) -> Check:
     name = str(entry["task"])
     task = str(folder / name) if (folder / name).is_file() else name
     data = folder / entry["data"] if "data" in entry else None
-    return Check(name, load_task(task, data), split, entry.get("limit", 100), entry.get("seed", 0), 0, bounds)
+    asked = load_task(task, data)
+    asked = in_chat(asked) if chat else asked
+    return Check(name, asked, split, entry.get("limit", 100), entry.get("seed", 0), 0, bounds)
 
 
 def _problems(raw: object) -> Iterator[str]:

@@ -110,7 +110,7 @@ def _tasks(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _gate(args: argparse.Namespace) -> dict[str, Any]:
-    gate = Gate.load(args.gate)
+    gate = Gate.load(args.gate, args.chat)
     full = args.vs or _base_of(args.target)
     out = args.out or UNFINISHED / f"{args.gate.stem}.json"
     _check_out(out)

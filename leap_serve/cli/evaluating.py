@@ -17,6 +17,7 @@ from leap_serve.hub import resolve_model
 from leap_serve.journal import Journal, Recorded, folder_identity
 from leap_serve.provenance import versions
 from leap_serve.tasks.base import Item, Task
+from leap_serve.tasks.chat import in_chat
 from leap_serve.tasks.passkey import Passkey
 from leap_serve.tasks.registry import load_task
 from leap_serve.tasks.text import WIKITEXT, Text
@@ -48,7 +49,10 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     endpoint = parser.add_argument_group("a model behind a URL")
     endpoint.add_argument("--model", help="its name there (default: the only one that the server lists)")
     endpoint.add_argument("--vs-model", help="the name of the model behind --vs URL")
-    endpoint.add_argument("--chat", action="store_true", help="ask through chat completions; they tell no loss")
+    endpoint.add_argument(
+        "--chat", action="store_true",
+        help="ask through chat completions: no stop strings, code is taken out of its fences; they tell no loss",
+    )  # fmt: skip
     endpoint.add_argument("--concurrency", type=int, default=16, help="requests under way at a time (default 16)")
     endpoint.add_argument("--timeout", type=float, default=600, help="seconds to wait for one answer (default 600)")
 
@@ -73,6 +77,8 @@ def _work(args: argparse.Namespace, name: str, sampling: Sampling) -> Work:
         return Work(name, lambda model, progress: evaluate_text(model, text, args.split, args.limit, progress))
     data = None if args.data is None else Path(args.data)
     task: Task = Passkey(tuple(args.words), tuple(args.depths)) if name == Passkey.name else load_task(name, data)
+    if args.chat:
+        task = in_chat(task)
     items: Sequence[Item] = task.items(args.split, args.limit, args.seed)
     return Work(task.name, lambda model, progress: evaluate(model, task, items, progress, sampling))
 

@@ -7,6 +7,7 @@ import json
 import random
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from leap_serve.tasks.base import SPLITS, Item, Split, fingerprint
 
 HELD_OUT = 0.05
 """Part of the train split that becomes the validation split where the paper says so (LEAP appendix D)."""
+REACH_S = 10
+"""Seconds to wait for the hub's first answer."""
 Row = Mapping[str, Any]
 Make = Callable[[Row, str], Item]
 """Turns a row into an item; the text names the row in errors."""
@@ -114,22 +117,50 @@ class Source:
 
 
 def load_hub(task: str, remedy: str, *args: Any, **kwargs: Any) -> Any:
-    """Call datasets.load_dataset; a set that cannot be had is a LeapError that names the hub and the ``remedy``."""
+    """Call datasets.load_dataset; a set that cannot be had is a LeapError that names the hub and the ``remedy``.
+
+    Where the hub cannot be reached, a copy in datasets' cache serves, and nothing is asked again and again.
+    """
     try:
         import datasets
     except ImportError:
         raise LeapError(task, "needs the package datasets", "pip install 'leap-serve[eval]'") from None
-    import httpx
-
+    unreachable = _unreachable()
     try:
-        return datasets.load_dataset(*args, **kwargs)
-    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
-        reason = str(error).strip().split("\n")[0][:160]
+        with _offline() if unreachable else nullcontext():
+            return datasets.load_dataset(*args, **kwargs)
+    except Exception as error:  # whatever datasets, the hub's client and three formats raise
+        reason = unreachable or f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
         raise LeapError(
             f"--task {task}",
-            f"{args[0]} cannot be had from the Hugging Face Hub ({type(error).__name__}: {reason})",
+            f"{args[0]} cannot be had from the Hugging Face Hub ({reason})",
             f"check the network, or {remedy}",
         ) from None
+
+
+def _unreachable() -> str:
+    """Why the hub cannot be reached, or nothing: asked once, since its client tries six times in half a minute."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=REACH_S)
+    except Exception as error:  # its client is requests, httpx or httpx2, by its release
+        return " ".join(str(error).split())[:160] or type(error).__name__
+    return ""
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """As with HF_HUB_OFFLINE=1, which both packages read only when they are imported."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 def held_out(items: Sequence[Item], share: float = HELD_OUT) -> tuple[list[Item], list[Item]]:

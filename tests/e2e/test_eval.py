@@ -24,6 +24,7 @@ from leap_serve.engine import NoLogprobsError
 from leap_serve.errors import LeapError, UsageError
 from leap_serve.evaluate import evaluate_text
 from leap_serve.launch import Server
+from leap_serve.tasks.chat import INSTRUCTION
 from leap_serve.tasks.registry import load_task
 from leap_serve.tasks.text import Text
 from leap_serve.torch_engine import TorchEngine
@@ -89,6 +90,16 @@ def test_chat_has_no_loss_and_says_why(server: Server, capsys: pytest.CaptureFix
     (tmp_path / "t.txt").write_text("some text")
     status, _, said = leap(capsys, server.url, "--chat", "--task", "perplexity", "--data", "t.txt")
     assert status == 1 and "chat endpoints do not tell" in said and "Traceback" not in said
+
+
+def test_chat_asks_for_code_in_words_and_sends_no_stop_strings(proxy: Proxy, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    status, found, _ = leap(capsys, proxy.url, "--chat", "--task", "toy-code", "--task", "toy-gsm", "--limit", "2")
+    assert status == 0 and set(found["tasks"]) == {"toy-code", "toy-gsm"}
+    bodies = [body for path, body, _ in proxy.asked if path == "/v1/chat/completions"]
+    assert len(bodies) == 4 and not any("stop" in body for body in bodies)
+    code = [body for body in bodies if body["messages"][0]["content"].startswith(INSTRUCTION)]
+    assert len(code) == 2 and {body["max_tokens"] for body in code} == {1024}
 
 
 def test_nothing_is_asked_twice_after_a_sigkill(proxy: Proxy, tmp_path: Path) -> None:

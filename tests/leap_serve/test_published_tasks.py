@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -119,19 +120,27 @@ def test_offline_names_the_hub_and_the_files(tmp_path: Path) -> None:
 from leap_serve.errors import LeapError
 from leap_serve.tasks.registry import load_task
 from leap_serve.tasks.text import Text
-asks = [lambda n=n: load_task(n).items("test") for n in ("gsm8k", "scitldr", "qasper", {str(tmp_path / "mine.yaml")!r})]
+names = "gsm8k", "xsum", "humaneval", "mbpp", "scitldr", "qasper", {str(tmp_path / "mine.yaml")!r}
+asks = [lambda n=n: load_task(n).items("test") for n in names]
 for ask in [*asks, *(lambda s=s: Text(s).read("test") for s in ("Salesforce/wikitext", "allenai/c4"))]:
     try:
         ask()
     except LeapError as error:
         print(error)
 """
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, check=True)
+    # A hub that nobody is at; a port that a socket holds and does not listen on refuses.
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{closed.getsockname()[1]}", "HF_HOME": str(tmp_path)}
+        env.pop("HF_HUB_OFFLINE", None)
+        run = subprocess.run([sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert "Retry" not in run.stderr, "it is asked once"
     said = run.stdout.strip().splitlines()
     named = {
-        "openai/gsm8k": "gsm8k_test.jsonl", "allenai/scitldr": "scitldr_test.jsonl", "allenai/qasper": "qasper_test",
-        "org/mine": "mine_test.jsonl", "Salesforce/wikitext": "a text file", "allenai/c4": "a text file",
+        "openai/gsm8k": "gsm8k_test.jsonl", "EdinburghNLP/xsum": "xsum_test.jsonl",
+        "openai/openai_humaneval": "humaneval_test.jsonl", "google-research-datasets/mbpp": "mbpp_test.jsonl",
+        "allenai/scitldr": "scitldr_test.jsonl", "allenai/qasper": "qasper_test", "org/mine": "mine_test.jsonl", "Salesforce/wikitext": "a text file",
+        "allenai/c4": "a text file",
     }  # fmt: skip
     assert len(said) == len(named)
     for line, (hub, file) in zip(said, named.items(), strict=True):
