@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,16 +56,41 @@ def test_a_miniature_learns_loads_and_survives_sigkill(tmp_path: Path) -> None:
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "Question: hi\nAnswer:"
 
 
-def test_padded_experts_equal_the_loop() -> None:
+@pytest.mark.parametrize("form", ["qwen3_moe", "llama4_text"])
+def test_padded_experts_equal_what_transformers_computes(form: str) -> None:
     import torch
 
-    from leap_training.tiny import TinyConfig, batch_of, build_model, build_tokenizer, loss_of
+    from leap_training.tiny import FORMS, batch_of, build_model, build_tokenizer, loss_of
 
-    config = TinyConfig(hidden=32, layers=2, experts=8, top_k=2, vocab=512, batch=4)
+    config = replace(FORMS[form], hidden=32, layers=2, experts=8, vocab=512, batch=4)
     tokenizer = build_tokenizer(config)
     model = build_model(config, tokenizer)
     batch = batch_of(config, tokenizer, 0)
-    fast, _ = loss_of(model, batch)
-    model.set_experts_implementation("eager")
-    slow, _ = loss_of(model, batch)
-    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-6)
+
+    def losses() -> list[torch.Tensor]:
+        model.zero_grad()
+        loss, balance = loss_of(model, batch)
+        (loss + balance).backward()
+        return [loss.detach(), balance.detach(), *(p.grad for p in model.parameters())]
+
+    ours = losses()
+    if form == "qwen3_moe":
+        model.set_experts_implementation("eager")
+    for module in model.modules():
+        vars(module).pop("forward", None)
+    for fast, slow in zip(ours, losses(), strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-6)
+
+
+def test_the_second_form_is_llama_4s(tmp_path: Path) -> None:
+    from leap_serve.checkpoint import Checkpoint
+    from leap_training.tiny import FORMS, build_model, build_tokenizer, export
+
+    config = replace(FORMS["llama4_text"], hidden=32, experts=8, vocab=512)
+    tokenizer = build_tokenizer(config)
+    export(build_model(config, tokenizer), tokenizer, config, tmp_path / "model")
+    made = Checkpoint.open(tmp_path / "model")
+    assert (made.family.router_kind, made.family.weight_on_input, made.top_k) == ("sigmoid", True, 1)
+    # Of four layers every other one is dense, and a shared expert stands beside the routed ones.
+    assert list(made.moe_layers) == [1, 3]
+    assert {name.split(".")[-3] for name in made.tensors if "shared_expert" in name} == {"shared_expert"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -63,15 +64,8 @@ def padded_experts(
 
     Shapes: hidden_states [T, H], top_k_index and top_k_weights [T, K]; returns [T, H].
     """
-    top_k = top_k_index.shape[1]
-    flat = top_k_index.reshape(-1)
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=self.num_experts)
-    expert = flat[order]
-    slot = torch.arange(flat.numel(), device=flat.device) - (counts.cumsum(0) - counts)[expert]
-    capacity = int(counts.max())
-    place = expert * capacity + slot
-    source = order // top_k
+    order, place, capacity = _places(top_k_index, self.num_experts)
+    source = order // top_k_index.shape[1]
     padded = hidden_states.new_zeros(self.num_experts * capacity, hidden_states.shape[-1])
     padded = padded.index_copy(0, place, hidden_states[source]).view(self.num_experts, capacity, -1)
     gate, up = torch.bmm(padded, self.gate_up_proj.transpose(1, 2)).chunk(2, dim=-1)
@@ -80,8 +74,44 @@ def padded_experts(
     return torch.zeros_like(hidden_states).index_add(0, source, weighted.to(hidden_states.dtype))
 
 
+def _places(chosen: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Where the choices [T, K] lie in a padded [E·C]: the choices in order of experts, a place for each, and C."""
+    flat = chosen.reshape(-1)
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=experts)
+    expert = flat[order]
+    slot = torch.arange(flat.numel(), device=flat.device) - (counts.cumsum(0) - counts)[expert]
+    capacity = int(counts.max())
+    return order, expert * capacity + slot, capacity
+
+
+def routed_llama4(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What transformers' Llama4TextMoe computes, without its products of zeros: all E experts on all T tokens.
+
+    An expert that is not chosen gets the input 0 and so returns 0; here only chosen experts run, in batches.
+    Shapes: hidden_states [..., H]; returns [T, H] and the router logits [T, E].
+    """
+    x = hidden_states.reshape(-1, self.hidden_dim)
+    scores, logits = self.router(x)
+    weights, chosen = scores.topk(self.top_k, -1)
+    order, place, capacity = _places(chosen, self.num_experts)
+    source = order // self.top_k
+    inputs = x[source] * weights.reshape(-1)[order, None]
+    padded = x.new_zeros(self.num_experts * capacity, self.hidden_dim).index_copy(0, place, inputs)
+    out = self.experts(padded)[place]
+    return self.shared_expert(x).index_add(0, source, out), logits
+
+
 def use_padded_experts(model: Any) -> None:
-    """Make a transformers MoE model with [E, 2I, H] and [E, H, I] expert weights compute them in batches."""
+    """Make a transformers MoE model compute its chosen experts in batches.
+
+    Takes models with [E, 2I, H] and [E, H, I] expert weights, and Llama 4's text model.
+    """
+    if model.config.model_type == "llama4_text":
+        for block in model.modules():
+            if hasattr(block, "shared_expert") and hasattr(block, "router"):
+                block.forward = MethodType(routed_llama4, block)
+        return
     ALL_EXPERTS_FUNCTIONS.register("leap_padded", padded_experts)
     model.set_experts_implementation("leap_padded")
 

@@ -53,7 +53,8 @@ def finetune(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     use_padded_experts(model)
-    tuned = [p for name, p in model.named_parameters() if ".experts." in name or name.endswith(".gate.weight")]
+    routers = (".gate.weight", ".router.weight")
+    tuned = [p for name, p in model.named_parameters() if ".experts." in name or name.endswith(routers)]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for parameter in tuned:

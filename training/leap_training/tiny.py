@@ -1,6 +1,10 @@
-"""Trains leap-tiny, the bundled small MoE, from scratch on the toy tasks.
+"""Trains leap-tiny, the bundled small MoE, or its sister of Llama 4's form from scratch on the toy tasks.
 
-    python -m leap_training.tiny --out runs/leap-tiny --steps 3000
+    python -m leap_training.tiny --out runs/leap-tiny
+    python -m leap_training.tiny --form llama4_text --out runs/llama4-tiny
+
+Llama 4's form: sigmoid routing to one expert, whose weight multiplies its input, beside a shared expert, in every
+other layer; the layers between are dense.
 
 Every batch is a function of (seed, step), so a run that was killed continues on the same data: the
 state on disk is the weights, Adam's moments (safetensors) and the step (JSON), replaced atomically.
@@ -15,13 +19,14 @@ import os
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, Llama4TextConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from leap_serve.tasks import toy_code, toy_gsm, toy_xsum
@@ -39,8 +44,9 @@ GENERATORS = {"toy-gsm": toy_gsm.generate, "toy-code": toy_code.generate, "toy-x
 
 @dataclass(frozen=True, slots=True)
 class TinyConfig:
-    """What is trained and how; the defaults are the bundled model's."""
+    """What is trained and how; the defaults are the bundled model's. ``form`` is qwen3_moe or llama4_text."""
 
+    form: str = "qwen3_moe"
     hidden: int = 128
     layers: int = 4
     heads: int = 4
@@ -60,6 +66,13 @@ class TinyConfig:
     aux_coef: float = 0.01
     mix: tuple[float, float, float] = (0.5, 0.2, 0.3)
     seed: int = 0
+
+
+FORMS = {
+    "qwen3_moe": TinyConfig(),
+    "llama4_text": TinyConfig(form="llama4_text", top_k=1, expert_intermediate=64, batch=32, steps=2500),
+}
+"""The defaults of either form. An expert of llama4-tiny is twice as wide, since a token uses one of them."""
 
 
 def build_tokenizer(config: TinyConfig) -> PreTrainedTokenizerFast:
@@ -87,18 +100,27 @@ def build_tokenizer(config: TinyConfig) -> PreTrainedTokenizerFast:
     return fast
 
 
-def build_model(config: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeForCausalLM:
+def build_model(config: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> Any:
     """Make the untrained model, fp32, with experts computed in batches."""
     torch.manual_seed(config.seed)
-    model_config = Qwen3MoeConfig(
-        vocab_size=len(tokenizer), hidden_size=config.hidden, intermediate_size=2 * config.hidden,
-        num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.kv_heads,
-        head_dim=config.head_dim, num_experts=config.experts, num_experts_per_tok=config.top_k,
-        moe_intermediate_size=config.expert_intermediate, norm_topk_prob=True, tie_word_embeddings=True,
-        max_position_embeddings=config.max_positions, router_aux_loss_coef=config.aux_coef, decoder_sparse_step=1,
-        mlp_only_layers=[], bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
+    shared = dict(
+        vocab_size=len(tokenizer), hidden_size=config.hidden, num_hidden_layers=config.layers,
+        num_attention_heads=config.heads, num_key_value_heads=config.kv_heads, head_dim=config.head_dim,
+        num_experts_per_tok=config.top_k, tie_word_embeddings=True, max_position_embeddings=config.max_positions,
+        router_aux_loss_coef=config.aux_coef, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    model = Qwen3MoeForCausalLM._from_config(model_config, dtype=torch.float32)
+    if config.form == "llama4_text":
+        own = Llama4TextConfig(
+            **shared, intermediate_size=config.expert_intermediate, intermediate_size_mlp=2 * config.hidden,
+            num_local_experts=config.experts, interleave_moe_layer_step=2, attention_chunk_size=config.max_positions,
+        )  # fmt: skip
+    else:
+        own = Qwen3MoeConfig(
+            **shared, intermediate_size=2 * config.hidden, moe_intermediate_size=config.expert_intermediate,
+            num_experts=config.experts, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[],
+        )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(own, dtype=torch.float32)
     use_padded_experts(model)
     return model
 
@@ -117,11 +139,12 @@ def batch_of(config: TinyConfig, tokenizer: PreTrainedTokenizerFast, step: int) 
     return collate(tokenizer, items, config.prompt_weight)
 
 
-def loss_of(model: Qwen3MoeForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_of(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the weighted next-token loss and the load-balancing loss of a batch."""
     out = model(input_ids=batch.ids, attention_mask=batch.mask, output_router_logits=True, use_cache=False)
     config = model.config
-    balance = load_balancing_loss_func(out.router_logits, config.num_experts, config.num_experts_per_tok, batch.mask)
+    experts = getattr(config, "num_local_experts", None) or config.num_experts
+    balance = load_balancing_loss_func(out.router_logits, experts, config.num_experts_per_tok, batch.mask)
     return weighted_loss(out.logits, batch), balance
 
 
@@ -198,7 +221,7 @@ def train(config: TinyConfig, out: Path, save_every: int = 250, log_every: int =
     return losses
 
 
-def export(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, config: TinyConfig, folder: Path) -> None:
+def export(model: Any, tokenizer: PreTrainedTokenizerFast, config: TinyConfig, folder: Path) -> None:
     """Write the bf16 checkpoint, its tokenizer and what it was trained with."""
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -207,15 +230,14 @@ def export(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, confi
 
 def main() -> None:
     """Parse the few flags and train."""
-    parser = argparse.ArgumentParser(description="Train leap-tiny from scratch, or continue a killed run.")
-    defaults = TinyConfig()
+    parser = argparse.ArgumentParser(description="Train leap-tiny or llama4-tiny, or continue a killed run.")
+    parser.add_argument("--form", choices=tuple(FORMS), default="qwen3_moe")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=defaults.steps)
-    parser.add_argument("--batch", type=int, default=defaults.batch)
-    parser.add_argument("--lr", type=float, default=defaults.lr)
-    parser.add_argument("--seed", type=int, default=defaults.seed)
+    for name, kind in (("steps", int), ("batch", int), ("lr", float), ("seed", int)):
+        parser.add_argument(f"--{name}", type=kind, help="default: the form's own")
     args = parser.parse_args()
-    train(TinyConfig(steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed), args.out)
+    given = {name: value for name in ("steps", "batch", "lr", "seed") if (value := getattr(args, name)) is not None}
+    train(replace(FORMS[args.form], **given), args.out)
 
 
 if __name__ == "__main__":
