@@ -26,8 +26,10 @@ RESULTS = Path(__file__).parent / "results" / "batch.jsonl"
 METRICS = ("ttft_ms", "tpot_ms", "output_tok_s")
 
 
-def make_model(folder: Path, hidden: int, intermediate: int, experts: int, layers: int, seed: int = 0) -> Path:
-    """Write a bf16 model with top-4 routing; wide routers and embeddings, so that every token has its own experts."""
+def make_model(
+    folder: Path, hidden: int, intermediate: int, experts: int, layers: int, seed: int = 0, dtype: str = "bfloat16"
+) -> Path:
+    """Write a model with top-4 routing; wide routers and embeddings, so that every token has its own experts."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -38,7 +40,7 @@ def make_model(folder: Path, hidden: int, intermediate: int, experts: int, layer
         norm_topk_prob=True, tie_word_embeddings=True, max_position_embeddings=2048, bos_token_id=None,
         eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
-    model = Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model = Qwen3MoeForCausalLM._from_config(config, dtype=getattr(torch, dtype))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:

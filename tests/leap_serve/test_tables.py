@@ -82,3 +82,77 @@ def test_markdown_and_report_show_the_same(tables: tuple[Path, Tables], tmp_path
     page = Page((tmp_path / "report.html").read_text())
     (shown,) = page.table_with("configuration", "paper's claim: GSM8K")
     assert shown[1:] == tables[1]["LEAP, table 7"]["rows"]
+
+
+def methods_row(method: str, task: str, seed: int, score: float, tuning: str = "none", **more: Any) -> dict[str, Any]:
+    return {
+        "bench": "methods", "model": "leap-tiny", "task": task, "experts": 8, "method": method, "seed": seed,
+        "tuning": tuning, "score": score, "retained": [8] * 4, "flops_share": 0.95, "weights_share": 0.21, **more,
+    }  # fmt: skip
+
+
+def speed_row(method: str, setting: str, median: float) -> dict[str, Any]:
+    ratio = {"median": median, "low": median - 0.1, "high": median + 0.1}
+    metrics = ("total_tok_s", "tpot_ms", "ttft_ms")
+    return {"bench": "lexi-speed", "method": method, "setting": setting, "flops_share": 0.5, "weights_share": 1.0,
+            "ratio_a_over_b": dict.fromkeys(metrics, ratio)}  # fmt: skip
+
+
+def test_methods_stand_in_table_2_with_their_tuning_and_their_own_costs(tmp_path: Path) -> None:
+    short = "400 steps, 1,000 items"
+    tables = make(
+        tmp_path,
+        [
+            *(methods_row("naee", "toy-gsm", seed, 0.1 * seed, named="naee-greedy") for seed in range(3)),
+            methods_row("naee", "toy-gsm", 0, 0.7, short, named="naee-greedy"),
+            methods_row("tsep", "toy-code", 0, 0.2), methods_row("tsep", "toy-code", 0, 0.9, "its own"),
+            methods_row("lexi", "toy-xsum", 0, 0.4, retained=[64] * 4, flops_share=0.8, weights_share=1.0),
+            methods_row("moe-i2", "toy-xsum", 0, 0.3, retained=[4, 12, 8, 8]),
+            {"bench": "methods", "model": "leap-tiny", "task": "toy-gsm", "experts": 8, "method": "hc-smoe", "seed": 0,
+             "tuning": short, "refused": "of our own form; not tuned here"},
+            speed_row("lexi", "50 %", 0.6),
+        ],
+    )  # fmt: skip
+    table = tables["LEAP, table 2"]
+    rows = {(row[0], row[1]): row[2:] for row in table["rows"]}
+    assert rows["NAEE-greedy (ours)", "none"][1] == "10.0 [0.0, 34.8] (3)"
+    assert rows["NAEE-greedy (ours)", short][1] == "70.0 (1)"
+    assert rows["TSEP", "none"][0] == "20.0 (1)"
+    assert rows["TSEP", "its own: 400 steps while it prunes"][0] == "90.0 (1)"
+    # LExI keeps all weights, and its TPOT is that of its own cut; nothing like MoE-I²'s uneven one was timed.
+    assert rows["LExI (top-k)", "none"][2:6] == ["40.0 (1)", "0.80", "0.60 [0.50, 0.70]", "1.00"]
+    assert rows["MoE-I²", "none"][2:6] == ["30.0 (1)", "0.95", "–", "0.21"]
+    # A claim stands once, beside the row that got the most tuning.
+    assert rows["NAEE-greedy (ours)", "none"][6:] == ["–"] * 6
+    assert rows["NAEE-greedy (ours)", short][6:9] == ["47.8", "61.5", "33.3"]
+    assert any("of our own form" in note for note in table["notes"])
+
+
+def test_the_model_of_llama_4s_form_has_tables_of_its_own(tmp_path: Path) -> None:
+    model = {"model": "runs/llama4-tiny/model"}
+    rows = [methods_row("full-model", "toy-gsm", 0, 0.95, **model, weights_share=1.0) | {"experts": 64}]
+    rows += [methods_row("leap", "toy-gsm", 0, 0.9, "400 steps, 1,000 items", **model)]
+    tables = make(tmp_path, rows)
+    scaling = {(row[0], row[1]): row for row in tables["LEAP, table 3"]["rows"]}
+    assert scaling["64", "full model"][4] == "95.0 (1)" and scaling["8", "LEAP (agent)"][4] == "90.0 (1)"
+    by_method = {row[0]: row for row in tables["LEAP, table 4"]["rows"]}
+    assert by_method["LEAP (agent)"][3] == "90.0 (1)" and by_method["full model"][3] == "95.0 (1)"
+    # Of leap-tiny there is nothing.
+    assert {row[3] for row in tables["LEAP, table 2"]["rows"]} == {"–"}
+
+
+def test_lexis_figures_join_quality_and_speed(tmp_path: Path) -> None:
+    def scored(method: str, setting: str, task: str, seed: int, score: float) -> dict[str, Any]:
+        return methods_row(method, task, seed, score) | {"bench": "lexi", "setting": setting}
+
+    rows = [scored("lexi", "50 %", "toy-gsm", seed, 0.5) for seed in range(3)]
+    rows += [scored("inter, agent", "75 %", "toy-code", 0, 0.25), scored("base", "0 %", "toy-gsm", 0, 1.0)]
+    rows += [speed_row("lexi", "50 %", 1.5), speed_row("inter", "75 %", 2.0), speed_row("skip", "β = 1", 1.01)]
+    rows += [{"bench": "memory", "method": name, "items": 8, "model_bytes": 2**30, "peak_bytes": peak}
+             for name, peak in (("load", 2 * 2**30), ("naee", 2.25 * 2**30))]  # fmt: skip
+    tables = make(tmp_path, rows)
+    figures = {(row[0], row[1]): row[2:] for row in tables["LExI, figures 2 and 4"]["rows"]}
+    assert figures["lexi", "50 %"] == ["–", "50.0 [50.0, 50.0] (3)", "–", "1.50 [1.40, 1.60]", "0.95", "0.21"]
+    assert figures["inter, agent", "75 %"][3] == "2.00 [1.90, 2.10]" and figures["base", "–"][3] == "1.00"
+    assert tables["Dynamic skipping"]["rows"] == [["β = 1", *["1.01 [0.91, 1.11]"] * 3]]
+    assert tables["Memory"]["rows"][1] == ["naee", "8", "1.00", "2.25", "0.25"]

@@ -1,0 +1,224 @@
+"""Fewer experts, narrower experts, or fewer of them per token: quality against throughput, as LExI's figures 2 to 4.
+
+    python bench/bench_lexi.py                     # all three parts; rows that are there are not made again
+    python bench/bench_lexi.py --part speed --rounds 12
+
+- speed: (input + output tokens) / E2EL at batch 16 on a random model whose weights are nearly all experts (top-4 of 64),
+  in vLLM. Every cut is measured against the full model, interleaved; a row's ratio is cut over full, of pairs.
+  «inter» drops experts, «intra» a share of every expert's channels, «lexi» active experts (its own search, per layer),
+  «skip» is dynamic skipping (NAEE) with all experts there: β = 1 leaves a token its best expert alone, the most that can
+  be skipped; β = 1e-6 skips nothing and shows what the mechanism costs.
+- quality: leap-tiny on its three tasks, 256 test items in vLLM, untuned: inter by REAP and by the agent (plans of
+  search_methods.jsonl), intra, and LExI, each through `leap search`; the agent and LExI with three seeds.
+- sensitivity: LExI's D_l(k) of leap-tiny with the standard error of its draws: the heat map.
+
+Rows go to bench/results/lexi.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from leap_serve.bench import Contender, compare, measure_rounds, opened, stamped
+from leap_serve.checkpoint import Checkpoint, resolve_model, width_of
+from leap_serve.cli.console import progress_bar, say, table
+from leap_serve.cut import cut
+from leap_serve.files import append_jsonl
+from leap_serve.flops import parameters
+from leap_serve.plan import LayerPlan, Plan
+from leap_serve.workload import Workload
+
+sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
+from bench_batch import make_model
+from bench_methods import SMOKE, Bench, Cell, Size, read, run
+
+RESULTS = Path(__file__).parent / "results" / "lexi.jsonl"
+MODEL, TASKS = "leap-tiny", ("toy-gsm", "toy-code", "toy-xsum")
+INTER, INTRA, LEXI = (0.125, 0.25, 0.5, 0.75, 0.875), (0.125, 0.25, 0.5), (0.125, 0.25, 0.375, 0.5, 0.75)
+"""Shares that are taken away: of experts, of channels, of active experts."""
+AGENT = (0.75, 0.875)
+SKIPS = {"β = 1e-6": 1e-6, "β = 1": 1.0}
+METRICS = ("total_tok_s", "e2el_ms", "tpot_ms", "ttft_ms")
+SETTINGS = [
+    *(("inter", f"{100 * share:g} %") for share in INTER), *(("intra", f"{100 * share:g} %") for share in INTRA),
+    *(("lexi", f"{100 * share:g} %") for share in LEXI), *(("skip", setting) for setting in SKIPS),
+]  # fmt: skip
+
+
+def share_of(setting: str) -> float:
+    """What a setting takes away."""
+    return float(setting.removesuffix(" %")) / 100
+
+
+def plan_of(source: Checkpoint, method: str, setting: str, draws: int, folder: Path) -> Plan:
+    """A plan for the random model, where it does not matter which experts or channels stay."""
+    full = LayerPlan(tuple(range(source.num_experts)), source.top_k)
+    layer = full
+    if method == "lexi":
+        out = folder / "plan.json"
+        run("search", source.folder, "--method", "lexi", "--budget", 1 - share_of(setting), "--draws", draws, "-o", out)
+        return Plan.load(out)
+    if method == "inter":
+        kept = round(source.num_experts * (1 - share_of(setting)))
+        layer = replace(full, retained=tuple(number * source.num_experts // kept for number in range(kept)))
+    elif method == "intra":
+        width = round(width_of(source) * (1 - share_of(setting)))
+        layer = replace(full, channels=(tuple(range(width)),) * source.num_experts)
+    else:
+        layer = replace(full, skip=SKIPS[setting])
+    return Plan(source.identity(), source.num_experts, dict.fromkeys(source.moe_layers, layer))
+
+
+def speed(args: argparse.Namespace) -> None:
+    """Measure the cuts that have no row, one after the other, against one full model that stays loaded."""
+    done = {(row["method"], row["setting"]) for row in read(args.results) if row["bench"] == "lexi-speed"}
+    missing = [one for one in SETTINGS if one not in done][: 2 if args.smoke else None]
+    if not missing:
+        return
+    load = Workload("lexi", args.input, args.output, args.batch)
+    engine = {"kv_cache_gib": 0.25, "max_model_len": args.input + args.output, "max_num_seqs": args.batch}
+    env = {"OMP_NUM_THREADS": str(args.threads)}
+    with tempfile.TemporaryDirectory() as home:
+        full = make_model(Path(home) / "full", args.hidden, args.intermediate, 64, args.layers)
+        source, base = Checkpoint.open(full), Contender("full", str(full), engine, env)
+        with opened([base]) as first:
+            for method, setting in missing:
+                with tempfile.TemporaryDirectory() as work:
+                    plan = plan_of(source, method, setting, args.draws, Path(work))
+                    cut(full, plan, Path(work) / "cut")
+                    other = Contender(f"{method} {setting}", str(Path(work) / "cut"), engine, env)
+                    described = [other.describe(), base.describe()]
+                    with opened([other]) as second, progress_bar(other.label) as bar:
+                        samples = measure_rounds([*second, *first], load, args.rounds, args.warmup, bar)
+                row = {**compare("lexi-speed", described, samples, METRICS), "method": method, "setting": setting,
+                       "workload": load.to_json(), **shares(source, plan)}  # fmt: skip
+                append_jsonl(args.results, stamped(row))
+                show(row)
+
+
+def show(row: dict[str, Any]) -> None:
+    """A line of a speed row."""
+    found = row["ratio_a_over_b"]["total_tok_s"]
+    say(f"{row['method']} {row['setting']}: {found['median']:.2f} [{found['low']:.2f}, {found['high']:.2f}] of the full "
+        "model's tok/s")  # fmt: skip
+
+
+def shares(source: Checkpoint, plan: Plan) -> dict[str, float]:
+    """FLOPs per token and weights over the full model's."""
+    own, full = parameters(source, plan), parameters(source)
+    return {"flops_share": own.matmul / full.matmul, "weights_share": own.total / full.total}
+
+
+class Quality(Bench):
+    """Plans of leap-tiny by `leap search`; sizes are shares that are taken away."""
+
+    def flags(self, cell: Cell) -> list[Any]:
+        flags = super().flags(cell)
+        if cell.method not in ("intra", "lexi"):
+            return flags
+        place = flags.index("--budget")
+        return [*flags[: place + 1], cell.experts / self.source.num_experts, *flags[place + 2 :]]
+
+    def plan(self, cell: Cell) -> tuple[Plan, float | None]:
+        return (self.agent(cell), None) if cell.method == "leap" else super().plan(cell)
+
+    def agent(self, cell: Cell) -> Plan:
+        """The plan that the search of this seed left in the results of search_methods.py."""
+        where = {
+            "task": cell.task,
+            "experts": cell.experts,
+            "method": "leap",
+            "seed": cell.seed,
+            "allocation": "uniform",
+        }
+        found = [row for row in read(RESULTS.parent / "search_methods.jsonl")
+                 if not row["warm"] and where.items() <= row.items()]  # fmt: skip
+        if not found:
+            raise SystemExit(f"search_methods.jsonl has no plan for {cell}; first python bench/search_methods.py")
+        layers = {
+            layer: LayerPlan(tuple(ids), self.source.top_k)
+            for layer, ids in zip(self.source.moe_layers, found[0]["retained"], strict=True)
+        }
+        return Plan(
+            self.source.identity(), self.source.num_experts, layers, made_by={"method": "leap", "seed": cell.seed}
+        )
+
+
+def quality_cells() -> Iterator[tuple[str, float, Cell]]:
+    """What is scored: the name of the method in the row, the share that is taken away, and the cell that makes it."""
+    for seed, task in itertools.product(range(3), TASKS):
+        methods = [("base", "full-model", (0.0,), 1), ("inter", "reap", INTER, 1), ("inter, agent", "leap", AGENT, 3),
+                   ("intra", "intra", INTRA, 1), ("lexi", "lexi", LEXI, 3)]  # fmt: skip
+        for name, method, removed, seeds in methods:
+            for share in removed if seed < seeds else ():
+                yield name, share, Cell(MODEL, task, round(64 * (1 - share)), method, seed, "none")
+
+
+def quality(args: argparse.Namespace) -> None:
+    """Score the cells that have no row."""
+    keys = ("method", "setting", "task", "seed")
+    done = {tuple(row[key] for key in keys) for row in read(args.results) if row["bench"] == "lexi"}
+    bench = Quality(MODEL, SMOKE if args.smoke else Size(), args.work)
+    wanted = [(name, f"{100 * share:g} %", cell) for name, share, cell in quality_cells()]
+    for name, setting, cell in wanted[: 2 if args.smoke else None]:
+        if (name, setting, cell.task, cell.seed) not in done:
+            row = bench.measure(cell) | {"bench": "lexi", "method": name, "setting": setting}
+            append_jsonl(args.results, stamped(row))
+            say(f"{cell.task} {name} {setting} seed {cell.seed}: {100 * row['score']:.1f} %")
+
+
+def sensitivity(args: argparse.Namespace) -> None:
+    """Measure D_l(k) of leap-tiny, unless it has been."""
+    if any(row["bench"] == "lexi-sensitivity" for row in read(args.results)):
+        return
+    with tempfile.TemporaryDirectory() as work:
+        out = Path(work) / "plan.json"
+        run("search", resolve_model(MODEL), "--method", "lexi", "--budget", 0.5, "--draws", args.draws, "-o", out)
+        found = Plan.load(out).made_by
+    for layer, of in found["deviations"].items():
+        for k, (mean, error) in enumerate(zip(of, found["standard_errors"][layer], strict=True), 1):
+            row = {"bench": "lexi-sensitivity", "model": MODEL, "layer": int(layer), "top_k": k, "deviation": mean,
+                   "std_error": error, "draws": found["draws"], "tokens": found["tokens"]}  # fmt: skip
+            append_jsonl(args.results, stamped(row))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = {"sensitivity": sensitivity, "speed": speed, "quality": quality}
+    parser.add_argument("--part", nargs="+", choices=tuple(parts), default=tuple(parts))
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--intermediate", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--input", type=int, default=32)
+    parser.add_argument("--output", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--draws", type=int, default=16)
+    parser.add_argument("--smoke", action="store_true", help="a small model and two rows of each part, for a test")
+    parser.add_argument("--work", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if args.smoke:
+        args.hidden, args.intermediate, args.layers, args.rounds, args.warmup, args.draws = 128, 32, 2, 1, 0, 2
+    for part in args.part:
+        parts[part](args)
+    rows = read(args.results)
+    table(
+        f"throughput over the full model's, batch {args.batch}", ["method", "taken away", "tok/s", "over full", "FLOPs", "weights"],
+        [[row["method"], row["setting"], f"{row['contenders'][0]['metrics']['total_tok_s']['median']:.0f}",
+          f"{row['ratio_a_over_b']['total_tok_s']['median']:.2f}", f"{row['flops_share']:.2f}", f"{row['weights_share']:.2f}"]
+         for row in rows if row["bench"] == "lexi-speed"],
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""LEAP's tables 1, 6 and 7: numbers of experts, labels, parts; and rivals under the same labels."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+from table_readers.rows import (
+    BATCH,
+    CLAIMS,
+    EMPTY,
+    EXPERTS,
+    HARD,
+    MOST_LABELS,
+    NAMES,
+    QUALITY,
+    TASKS,
+    Rows,
+    Table,
+    claimed,
+    latency,
+    over_seeds,
+    reason,
+    sizes,
+)
+
+
+def scaling(rows: Rows) -> Table:
+    """LEAP's table 1: quality and cost against the number of retained experts."""
+    body = []
+    for experts in EXPERTS:
+        scores = [rows.full(t) if experts == 64 else rows.tuned("leap", t, experts) for t in TASKS]
+        flops, weights = sizes(experts)
+        body.append([f"{experts}{' (full)' if experts == 64 else ''}", *map(over_seeds, scores), flops,
+                     latency(rows, experts), weights, *CLAIMS["leap_1"][str(experts)]])  # fmt: skip
+    return Table(
+        "LEAP, table 1: quality and cost against the number of experts",
+        "leap-tiny (64 experts, top-4), plans of the agent, tuned with 10,240 labels and 400 steps; scores in % on test items. "
+        "The paper has Qwen3-235B-A22B with 128 experts; rows stand together by the share that is retained.",
+        ["experts of 64", *TASKS, "FLOPs, share", f"TPOT, share, batch {BATCH}", "weights, share",
+         *claimed([*QUALITY, "FLOPs", "ms/token", "GB"])],
+        body,
+        ["FLOPs and weights are computed from the checkpoint's headers. top_k stays 4, so FLOPs fall by router rows only.",
+         "TPOT is of the random model of bench_batch.py, in which experts dominate; on leap-tiny they do not.",
+         *reason(body, 7, "a budget without rows was not tuned or not timed: bench_tune.py, bench_batch.py")],
+    )  # fmt: skip
+
+
+def labels_needed(rows: Rows) -> Table:
+    """LEAP's table 6: labels until a share of the full model's score is reached, random against active learning."""
+    full = statistics.median(rows.full(HARD[0]) or [math.nan])
+    body = []
+    for text, claim in CLAIMS["leap_6"].items():
+        share = float(text)
+        needed = [_labels(rows, method, share * full) for method in ("no-active-learning", "leap")]
+        body.append([f"{100 * share:.1f} % ({100 * share * full:.1f})", *needed, *claim])
+    return Table(
+        "LEAP, table 6: labels needed for a share of the full model's score",
+        f"leap-tiny, {HARD[0]}, {HARD[1]} of 64 experts, 400 steps however many labels; a level "
+        "counts as reached by the mean score over seeds, at the numbers of labels that were measured.",
+        ["share of the full score (score in %)", "random batches", "active learning",
+         *claimed(["random", "active learning"])],
+        body,
+        reason(body, 3, "no rows of bench_tune.py --what labels"),
+    )  # fmt: skip
+
+
+def _labels(rows: Rows, method: str, level: float) -> str:
+    """The fewest labels whose mean score reaches a level; otherwise the best score there is."""
+    found: dict[int, list[float]] = {}
+    for row in rows.find("tune", task=HARD[0], experts=HARD[1], method=method):
+        found.setdefault(row["labels"], []).append(row["score"])
+    means = {labels: statistics.fmean(scores) for labels, scores in sorted(found.items())}
+    if not means:
+        return EMPTY
+    reached = [labels for labels, mean in means.items() if mean >= level]
+    least = min(map(len, found.values()))
+    seeds = f"{least} seed{'s' if least > 1 else ''}"
+    if reached:
+        at_most = "≤ " if reached[0] == min(means) else ""
+        return f"{at_most}{reached[0]:,} ({seeds})"
+    return f"not reached with {max(means):,}: {100 * max(means.values()):.1f} % ({seeds})"
+
+
+def parts(rows: Rows) -> Table:
+    """LEAP's table 7: each part removed; differences are paired by seed."""
+    task, experts = HARD
+    own = {row["seed"]: row["score"] for row in rows.find("tune", task=task, experts=experts, method="leap")
+           if row["labels"] == MOST_LABELS}  # fmt: skip
+    body = []
+    for method in ("leap", "no-rl-router", "no-active-learning", "no-lora", "no-agent"):
+        found = {row["seed"]: row["score"] for row in rows.find("tune", task=task, experts=experts, method=method)
+                 if row["labels"] == MOST_LABELS}  # fmt: skip
+        less = [found[seed] - own[seed] for seed in found if seed in own and method != "leap"]
+        body.append([NAMES[method] if method != "leap" else "all parts", over_seeds(list(found.values())),
+                     "reference" if method == "leap" else over_seeds(less, -1.0), *CLAIMS["leap_7"].get(method, (EMPTY,) * 3)])  # fmt: skip
+    return Table(
+        "LEAP, table 7: each part removed",
+        f"leap-tiny, {task}, {experts} of 64 experts, 10,240 labels, 400 steps; score in % on test items.",
+        ["configuration", f"{task} %", "less all parts, points", *claimed(QUALITY)],
+        body,
+        reason(body, 3, "no rows of bench_tune.py --what parts"),
+    )
+
+
+def rivals(rows: Rows) -> Table:
+    """Ours: baselines under the same labels and steps, on the hard task."""
+    task, experts = HARD
+    body = [
+        [NAMES[method], over_seeds(rows.tuned(method, task, experts))]
+        for method in ("leap", "no-active-learning", "vanilla", "full", "kd", "kd-experts", "untuned")
+    ]
+    return Table(
+        "Baselines under the same labels and steps",
+        f"leap-tiny, {task}, {experts} of 64 experts, 10,240 labels, 400 steps; score in % on test items. Not in a paper.",
+        ["method", f"{task} %"], body, reason(body, 2, "no rows of bench_tune.py --what baselines"),
+    )  # fmt: skip
