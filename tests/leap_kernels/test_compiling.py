@@ -31,6 +31,20 @@ def test_decode_and_prefill_in_bf16_fit(arch: int) -> None:
     assert_fits([*variants, *route_variants(16, 8, 16)], arch)
 
 
+def test_what_ships_covers_every_kernel_and_every_way_to_sum() -> None:
+    """A kernel that nobody compiles could spill unseen."""
+    shipped = list(shipped_variants())
+    modules = (compiling._kernels, compiling._route)
+    ours = {
+        name for module in modules for name, f in vars(module).items() if hasattr(f, "arg_names") and name[0] != "_"
+    }
+    assert {variant.kernel.__name__ for variant in shipped} == ours
+    assert {v.constants["TO"] for v in shipped if v.kernel.__name__ == "down"} == {"rows", "token", "atomic"}
+    routed = {(v.constants["HAS_LOGITS"], v.constants["HAS_MAP"]) for v in shipped if "HAS_LOGITS" in v.constants}
+    assert routed == {(True, False), (False, True)}
+    assert {v.dtype for v in shipped} == {torch.float32, torch.float16, torch.bfloat16}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_everything_that_ships_fits(arch: int) -> None:

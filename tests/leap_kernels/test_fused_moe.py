@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from leap_kernels import fused_moe, reference_moe
-from leap_kernels.config import KernelConfig, Reduction, Tile
+from leap_kernels.config import KernelConfig, Reduction, Tile, default_config
 from leap_kernels.fused_moe import _route_tokens
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -198,14 +198,52 @@ def test_masked_logits_still_give_distinct_experts() -> None:
     assert torch.equal(routing.weights[:, 0], torch.ones(3, device=DEVICE)) and not routing.weights[:, 1:].any()
 
 
-def test_two_runs_agree_in_every_bit() -> None:
+@pytest.mark.parametrize("reduction", ["rows", "by_expert"])
+def test_many_runs_agree_in_every_bit(reduction: Reduction) -> None:
     """And a token's result does not depend on which tokens share its batch, as long as the launch is the same."""
     x, w13, w2 = Case("", 12, 5, 3, 40, 24, F16).weights()
-    logits = torch.randn(12, 5).to(DEVICE)
-    first = fused_moe(x, w13, w2, logits, top_k=3, config=SMALL)
-    assert torch.equal(first, fused_moe(x, w13, w2, logits, top_k=3, config=SMALL))
+    logits, config = torch.randn(12, 5).to(DEVICE), replace(SMALL, reduction=reduction)
+    first = fused_moe(x, w13, w2, logits, top_k=3, config=config)
+    for _ in range(4 if INTERPRETED else 200):
+        assert torch.equal(first, fused_moe(x, w13, w2, logits, top_k=3, config=config))
     back = torch.arange(11, -1, -1, device=DEVICE)
-    assert torch.equal(first[back], fused_moe(x[back], w13, w2, logits[back], top_k=3, config=SMALL))
+    assert torch.equal(first[back], fused_moe(x[back], w13, w2, logits[back], top_k=3, config=config))
+
+
+def test_default_launches_never_add_atomically() -> None:
+    """Only fp32 atomics would make the last bits depend on the run; nothing but a configuration asks for them."""
+    chosen = {
+        default_config(tokens, 16, k, size).reduction for tokens in (1, 64, 4096) for k in (1, 8) for size in (2, 4)
+    }
+    assert chosen == {"rows"}
+
+
+def test_one_operator_under_torch_compile() -> None:
+    """The whole layer is traced without a graph break, for any number of tokens, and gives the same bits."""
+    x, w13, w2 = Case("", 5, 4, 2, 32, 16, F16).weights()
+    logits = torch.randn(5, 4).to(DEVICE)
+
+    def layer(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return fused_moe(x * 2.0, w13, w2, logits, top_k=2, config=SMALL, out=torch.empty_like(x)) + 1.0
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (5, 3):
+        assert torch.equal(compiled(x[:tokens], logits[:tokens]), layer(x[:tokens], logits[:tokens]))
+
+
+def test_the_operator_keeps_its_promises() -> None:
+    """torch's own check: schema, fake tensors, dispatch; ids of several ranks."""
+    x, w13, w2 = Case("", 6, 4, 2, 32, 16).weights()
+    ids = torch.tensor([[0, 7], [3, 5], [5, 5], [-1, 1], [2, 4], [6, -1]], device=DEVICE)
+    expert_map = torch.tensor([-1, 2, -1, 0, -1, 3, 1, -1], dtype=torch.int32, device=DEVICE)
+    given = (x, w13, w2, None, ids, torch.rand(6, 2).to(DEVICE), 2, "softmax", 1.0, None, True, 1.0, False, expert_map)
+    operator = torch.ops.leap_kernels.fused_moe.default
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    assert set(torch.library.opcheck(operator, (*given, SMALL.to_ints()), test_utils=checks).values()) == {"SUCCESS"}
+    fake = torch.empty(0, 32, dtype=F16, device="meta")
+    shaped = operator(fake, *(t.to(F16).to("meta") for t in (w13, w2)), None, *(t.to("meta") for t in given[4:6]),
+                      2, "softmax", 1.0, None, True, 1.0, False, None, [])  # fmt: skip
+    assert shaped.shape == (0, 32) and shaped.dtype == F16 and shaped.device.type == "meta"
 
 
 @pytest.mark.gpu
@@ -242,7 +280,7 @@ def test_inside_torch_compile() -> None:
     x, w13, w2 = Case("", 17, 8, 2, 128, 64, BF16).weights()
     logits = torch.randn(17, 8, device=DEVICE)
 
-    @torch.compile
+    @torch.compile(fullgraph=True)
     def layer(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         return fused_moe(x * 1.0, w13, w2, logits, top_k=2) + 0.0
 

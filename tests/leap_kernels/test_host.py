@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from leap_kernels import fused_moe, reference_moe, tuning
-from leap_kernels.config import KernelConfig, Tile, default_config
+from leap_kernels.config import KernelConfig, Reduction, Tile, default_config
 from leap_kernels.fused_moe import max_blocks
 from leap_kernels.tuning import Entry, Shape, Table, changed, shared_bytes
 
@@ -107,6 +107,12 @@ def test_configurations_are_checked(value: dict[str, Any], sentence: str) -> Non
         KernelConfig.from_json({**sound, **value})
 
 
+@pytest.mark.parametrize("reduction", ["rows", "by_expert", "atomic"])
+def test_configurations_as_numbers(reduction: Reduction) -> None:
+    config = KernelConfig(32, 4, Tile(16, 64, 2, 3), Tile(128, 32, 8, 5), reduction)
+    assert KernelConfig.from_ints(config.to_ints()) == config
+
+
 def table(*, ours: float = 10.0, vllm: float | None = 20.0) -> Table:
     entries = {
         m: Entry(default_config(m, 16, 8, 2), ours * m, vllm and vllm * 16, {"BLOCK_SIZE_M": 16}) for m in (1, 16, 64)
@@ -122,6 +128,11 @@ def test_tables_come_back_as_they_were_saved(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv(tuning.FOLDER_VARIABLE, str(tmp_path))
     assert tuning.find_table(SHAPE, DEVICE) == table()
     assert tuning.find_table(replace(SHAPE, experts=15), DEVICE) is None
+    monkeypatch.delenv(tuning.FOLDER_VARIABLE)
+    assert tuning.find_file(SHAPE, DEVICE, tmp_path) == path and tuning.find_file(SHAPE, DEVICE) is None
+    beside = table(ours=5.0).save(tmp_path / "kernels").parent
+    monkeypatch.setenv(tuning.FOLDER_VARIABLE, str(tmp_path))
+    assert tuning.find_table(SHAPE, DEVICE, beside) == table(), "the folder that is named comes first"
 
 
 def test_only_a_measurement_makes_ours_the_faster_one() -> None:
@@ -155,13 +166,14 @@ def cost(config: KernelConfig) -> float:
 
 
 def test_tuning_finds_the_lowest_point_and_stays_within_shared_memory() -> None:
-    tried = []
+    tried, ready = [], [default_config(8, 16, 8, 2)]
 
     def measure(config: KernelConfig) -> float:
+        assert config in ready, "what is measured was compiled ahead"
         tried.append(config)
         return cost(config)
 
-    best, us = tuning.tune(SHAPE, 8, measure, 227 * 1024)
+    best, us = tuning.tune(SHAPE, 8, measure, 227 * 1024, ready.extend)
     assert us == cost(best) == 10
     assert (best.gate_up.block_n, best.gate_up.num_warps, best.reduction) == (128, 8, "by_expert")
     assert max(shared_bytes(config, 2) for config in tried) <= 227 * 1024 and len(tried) < 100

@@ -13,8 +13,10 @@ HERE = Path(__file__).parent
 ENV = {
     **os.environ, "TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1", "OMP_NUM_THREADS": "1",
     "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": "", "VLLM_PLUGINS": "", "TRITON_DEFAULT_BACKEND": "cpu",
-    # vLLM disables its kernels unless Triton has a backend for the CPU.
-    "PYTHONPATH": str(HERE.parent / "fixtures" / "triton_cpu"),
+    # vLLM disables its kernels unless Triton has a backend for the CPU. Another Triton may come first on the path.
+    "PYTHONPATH": os.pathsep.join(
+        [*filter(None, [os.environ.get("PYTHONPATH")]), str(HERE.parent / "fixtures" / "triton_cpu")]
+    ),
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,8 @@ def layer_variants(config: KernelConfig, dtype: torch.dtype, experts: int, top_k
     blocks = {"BLOCK_M": config.block_m, "BLOCK_N": low.block_n, "BLOCK_K": low.block_k}
     common = {"APPLY_WEIGHT": True, "EVEN_I": even, **upcast, **blocks}
     to = {"rows": "rows", "atomic": "atomic", "by_expert": ""}[config.reduction]
+    if top_k == 1 and to:
+        to = "token"  # one row per token: nothing is left to add up
     if to:
         constants = {**common, "TO": to, "GROUP_M": config.group_m}
         yield Variant(f"{label} {to}", _kernels.down, constants, dtype, low.num_warps, low.num_stages)
@@ -106,17 +108,17 @@ def layer_variants(config: KernelConfig, dtype: torch.dtype, experts: int, top_k
         yield Variant(label, _kernels.add_up, {"BLOCK": ADD_UP_COLUMNS}, dtype, 4)
 
 
-def route_variants(experts: int, top_k: int, block_m: int) -> Iterator[Variant]:
-    """The routing kernels at the largest block of tokens that they are given."""
+def route_variants(experts: int, top_k: int, block_m: int, given: bool = False) -> Iterator[Variant]:
+    """The routing kernels at the largest block of tokens that they are given.
+
+    ``given``: ids come from outside, of all ranks, as in vLLM; else the kernels choose from logits.
+    """
     block_e = max(16, triton.next_power_of_2(experts))
-    sizes = {
-        "HAS_MAP": False,
-        "BT": max(1, ROUTE_ELEMENTS // block_e),
-        "BE": block_e,
-        "BK": triton.next_power_of_2(top_k),
-    }
-    flags = {"HAS_LOGITS": True, "SIGMOID": False, "HAS_BIAS": False, "RENORMALISE": True}
-    label = f"E={experts} K={top_k}"
+    block_k = triton.next_power_of_2(top_k)
+    most = max(1, ROUTE_ELEMENTS // max(block_e, block_k))
+    sizes = {"HAS_MAP": given, "BT": most, "BE": block_e, "BK": block_k}
+    flags = {"HAS_LOGITS": not given, "SIGMOID": False, "HAS_BIAS": False, "RENORMALISE": True}
+    label = f"E={experts} K={top_k}{' given' if given else ''}"
     for kernel, constants in (
         (_route.route_once, {**flags, **sizes, "BLOCK_M": block_m}),
         (_route.route_choose, {**flags, **sizes}),
@@ -126,17 +128,20 @@ def route_variants(experts: int, top_k: int, block_m: int) -> Iterator[Variant]:
 
 
 def shipped_variants() -> Iterator[Variant]:
-    """Every kernel at the sizes that default_config chooses, bf16 and fp32, and each reduction once."""
+    """Every kernel at the sizes that default_config chooses, bf16 and fp32; each way to sum; both ways to route."""
     for dtype in (torch.bfloat16, torch.float32):
         for tokens in (1, 64, 256, 4096):
             config = default_config(tokens, 16, 8, dtype.itemsize)
             yield from layer_variants(config, dtype, 16, 8, even=True)
-    small = default_config(8, 16, 8, 2)
-    for reduction in ("by_expert", "atomic"):
-        config = KernelConfig(small.block_m, small.group_m, small.gate_up, small.down, reduction)
-        yield from layer_variants(config, torch.float16, 16, 8, even=False)
+    for dtype, even in ((torch.bfloat16, True), (torch.float16, False)):
+        small, large = (default_config(tokens, 16, 8, dtype.itemsize) for tokens in (8, 4096))
+        yield from layer_variants(replace(small, reduction="by_expert"), dtype, 16, 8, even)
+        yield from layer_variants(replace(small, reduction="atomic"), dtype, 16, 8, even)
+        yield from layer_variants(large, dtype, 16, 1, even)
     for experts, top_k in ((8, 8), (13, 2), (32, 8), (64, 8), (128, 1), (512, 10)):
         yield from route_variants(experts, top_k, 64)
+    for experts, top_k in ((8, 8), (16, 1), (128, 8)):
+        yield from route_variants(experts, top_k, 64, given=True)
 
 
 def _type(name: str, dtype: torch.dtype) -> str:

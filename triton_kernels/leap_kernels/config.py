@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -53,6 +54,16 @@ class KernelConfig:
     def to_json(self) -> dict[str, Any]:
         """Return plain values; :meth:`from_json` reads them back."""
         return asdict(self)
+
+    def to_ints(self) -> list[int]:
+        """Return what an operator's schema can hold; :meth:`from_ints` reads it back."""
+        tiles = [n for t in (self.gate_up, self.down) for n in (t.block_n, t.block_k, t.num_warps, t.num_stages)]
+        return [self.block_m, self.group_m, *tiles, get_args(Reduction).index(self.reduction)]
+
+    @classmethod
+    def from_ints(cls, value: Sequence[int]) -> KernelConfig:
+        """Build from what :meth:`to_ints` returned."""
+        return cls(value[0], value[1], Tile(*value[2:6]), Tile(*value[6:10]), get_args(Reduction)[value[10]])
 
     @classmethod
     def from_json(cls, value: Any) -> KernelConfig:

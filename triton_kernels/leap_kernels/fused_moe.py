@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,6 +57,7 @@ def fused_moe(
 
     T tokens, H hidden, I intermediate, E experts held here, K = top_k. Give either ``router_logits`` and
     ``top_k``, or ``topk_ids`` and ``topk_weights``. Nothing is synchronised with the host: safe in CUDA graphs.
+    Under torch.compile it is one opaque operator, ``leap_kernels::fused_moe``. There is no backward pass.
 
     Args:
         x: [T, H], fp32, fp16 or bf16, rows contiguous.
@@ -84,6 +86,13 @@ def fused_moe(
     top_k = check_arguments(
         x, w13, w2, router_logits, topk_ids, topk_weights, top_k, scoring, temperature, bias, expert_map, out
     )
+    if torch.compiler.is_compiling():
+        launch = config.to_ints() if config else []
+        made = _operator(
+            x, w13, w2, router_logits, topk_ids, topk_weights, top_k, scoring, temperature, bias, renormalise, scale,
+            weight_on_input, expert_map, launch,
+        )  # fmt: skip
+        return made if out is None else out.copy_(made)
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not len(x):
@@ -97,6 +106,39 @@ def fused_moe(
     # Only ids given from outside may leave a token without an expert.
     _down(hidden, w2, routing, not weight_on_input, router_logits is None, config, out)
     return out
+
+
+@torch.library.custom_op("leap_kernels::fused_moe", mutates_args=())  # type: ignore[untyped-decorator]
+def _operator(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    router_logits: torch.Tensor | None,
+    topk_ids: torch.Tensor | None,
+    topk_weights: torch.Tensor | None,
+    top_k: int,
+    scoring: str,
+    temperature: float,
+    bias: torch.Tensor | None,
+    renormalise: bool,
+    scale: float,
+    weight_on_input: bool,
+    expert_map: torch.Tensor | None,
+    launch: Sequence[int],
+) -> torch.Tensor:
+    """fused_moe as a compiler sees it: sizes, choices and launches stay inside. ``launch``: KernelConfig.to_ints."""
+    return fused_moe(
+        x, w13, w2, router_logits, topk_ids=topk_ids, topk_weights=topk_weights, top_k=top_k,
+        scoring="softmax" if scoring == "softmax" else "sigmoid", temperature=temperature, bias=bias,
+        renormalise=renormalise, scale=scale, weight_on_input=weight_on_input, expert_map=expert_map,
+        config=KernelConfig.from_ints(launch) if launch else None,
+    )  # fmt: skip
+
+
+@_operator.register_fake  # type: ignore[untyped-decorator]
+def _(x: torch.Tensor, *_: object) -> torch.Tensor:
+    """[T, H] like x, contiguous."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _route_tokens(

@@ -1,13 +1,12 @@
 """Measured tables: for each shape and device the fastest launch per number of tokens, and vLLM's time beside it.
 
 A table is one JSON file, ``E=16,H=2048,I=768,top_k=8,dtype=bfloat16,device_name=NVIDIA_H200.json``, looked for in the
-folder that ``LEAP_KERNEL_CONFIGS`` names and then among those that ship. Only a table decides that our kernel is the
-faster one: for a shape that nobody measured vLLM's own kernel runs.
+folder that ``LEAP_KERNEL_CONFIGS`` names, then in ``kernels/`` of the checkpoint, then among those that ship. Only a
+table decides that our kernel is the faster one: for a shape that nobody measured vLLM's own kernel runs.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import tempfile
@@ -24,6 +23,10 @@ from leap_kernels.config import KernelConfig, Tile, default_config
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "configs"
 FOLDER_VARIABLE = "LEAP_KERNEL_CONFIGS"
+BESIDE_WEIGHTS = "kernels"
+"""The folder of a checkpoint in which its tables are looked for."""
+INTERPRETED = "cpu, interpreted"
+"""What stands for a GPU's name where Triton's interpreter runs the kernels: times from there mean nothing."""
 TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 4096)
 """Numbers of tokens that are tuned: vLLM's own grid, thinned out."""
 
@@ -117,23 +120,25 @@ class Table:
         return table
 
 
-def find_table(shape: Shape, device: str) -> Table | None:
-    """Return the measured table of a shape on a device, or None. Raises ValueError for a damaged file."""
-    folder = os.environ.get(FOLDER_VARIABLE)
-    return _find_table(shape, device, (Path(folder), SHIPPED) if folder else (SHIPPED,))
-
-
-@functools.lru_cache
-def _find_table(shape: Shape, device: str, folders: tuple[Path, ...]) -> Table | None:
-    for folder in folders:
-        path = folder / shape.file_name(device)
-        if path.is_file():
-            return Table.load(path)
+def find_file(shape: Shape, device: str, beside: Path | None = None) -> Path | None:
+    """Return the file that holds a shape's table, or None. ``beside``: the folder of the checkpoint's own tables."""
+    named = os.environ.get(FOLDER_VARIABLE)
+    for folder in (Path(named) if named else None, beside, SHIPPED):
+        if folder is not None and (path := folder / shape.file_name(device)).is_file():
+            return path
     return None
+
+
+def find_table(shape: Shape, device: str, beside: Path | None = None) -> Table | None:
+    """Return the measured table of a shape on a device, or None. Raises ValueError for a damaged file."""
+    path = find_file(shape, device, beside)
+    return Table.load(path) if path else None
 
 
 def device_name(device: torch.device) -> str:
     """The device's name in file names; all H200 variants share one, as in vLLM."""
+    if device.type != "cuda":
+        return INTERPRETED
     name = torch.cuda.get_device_name(device)
     return "NVIDIA H200" if "H200" in name.split() else name
 
@@ -142,9 +147,13 @@ Change = Mapping[str, Any]
 """Fields of a KernelConfig to set, such as {"gate_up.block_n": 64, "gate_up.block_k": 128}."""
 Measure = Callable[[KernelConfig], float]
 """Runs a configuration and returns µs; infinity for one that the GPU cannot hold."""
+Prepare = Callable[[Sequence[KernelConfig]], None]
+"""Is told what will be measured next: compiling them together takes a fraction of one after the other."""
 
 
-def tune(shape: Shape, num_tokens: int, measure: Measure, shared_limit: int) -> tuple[KernelConfig, float]:
+def tune(
+    shape: Shape, num_tokens: int, measure: Measure, shared_limit: int, prepare: Prepare | None = None
+) -> tuple[KernelConfig, float]:
     """Return the fastest configuration found by descent, and its µs; never worse than the default.
 
     Each group of changes is tried on the best found so far. ``shared_limit``: bytes a block may take.
@@ -153,8 +162,12 @@ def tune(shape: Shape, num_tokens: int, measure: Measure, shared_limit: int) -> 
     best = default_config(num_tokens, shape.experts, shape.top_k, size)
     best_us = measure(best)
     for group in changes(shape, num_tokens, best.block_m):
-        for trial in [changed(best, change) for change in group]:
-            if trial != best and shared_bytes(trial, size) <= shared_limit and (us := measure(trial)) < best_us:
+        trials = [changed(best, change) for change in group]
+        trials = [trial for trial in trials if trial != best and shared_bytes(trial, size) <= shared_limit]
+        if prepare is not None:
+            prepare(trials)
+        for trial in trials:
+            if (us := measure(trial)) < best_us:
                 best, best_us = trial, us
     return best, best_us
 
@@ -212,17 +225,19 @@ Contender = Callable[[int], tuple[float, Mapping[str, int]]]
 def tune_shape(
     shape: Shape, device: str, folder: Path, tokens: Sequence[int], shared_limit: int, made_by: Mapping[str, Any],
     measure_at: Callable[[int], Measure], vllm_at: Contender | None, done: Callable[[int, int], None],
+    prepare_at: Callable[[int], Prepare] | None = None,
 ) -> Table:  # fmt: skip
     """Tune what a table in ``folder`` lacks, saving after each number of tokens; returns the table.
 
-    ``measure_at(M)`` times ours, ``vllm_at(M)`` tunes vLLM's, ``done(finished, all)`` shows progress. Interrupted at any
-    moment, the next call goes on with the number of tokens that was under way.
+    ``measure_at(M)`` times ours, ``vllm_at(M)`` tunes vLLM's, ``done(finished, all)`` shows progress, ``prepare_at(M)``
+    compiles ahead. Interrupted at any moment, the next call goes on with the number of tokens that was under way.
     """
     path = folder / shape.file_name(device)
     table = Table.load(path) if path.exists() else None
     for number in missing(table, tokens):
         done(len(tokens) - len(missing(table, tokens)), len(tokens))
-        config, us = tune(shape, number, measure_at(number), shared_limit)
+        prepare = prepare_at(number) if prepare_at else None
+        config, us = tune(shape, number, measure_at(number), shared_limit, prepare)
         vllm_us, vllm_config = vllm_at(number) if vllm_at else (None, None)
         entries = {**(table.entries if table else {}), number: Entry(config, us, vllm_us, vllm_config)}
         table = Table(shape, device, entries, made_by)

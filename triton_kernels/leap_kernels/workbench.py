@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from leap_kernels.config import KernelConfig
 from leap_kernels.fused_moe import fused_moe
 from leap_kernels.timing import Layer, median_us
-from leap_kernels.tuning import Measure, Shape
+from leap_kernels.tuning import Measure, Prepare, Shape
 
 ROTATED_BYTES = 2**29
 """Weights that one round goes through: several times the L2 of any GPU (60 MB on an H200)."""
@@ -72,6 +77,20 @@ class Workbench:
         """Multiplications and additions of the layer."""
         return 6 * batch.ids.numel() * self.shape.hidden * self.shape.width
 
+    def prepare(self, batch: Batch) -> Prepare:
+        """Return what compiles configurations of ours for a batch on all cores at once; Triton keeps the results."""
+
+        def compile_one(config: KernelConfig) -> None:
+            # One that does not fit is found again, and counted as infinitely slow, when it is measured.
+            with contextlib.suppress(OutOfResources, PTXASError, CompilationError):
+                self.ours(batch, config)(0)
+
+        def compile_all(configs: Sequence[KernelConfig]) -> None:
+            with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+                list(pool.map(compile_one, configs))
+
+        return compile_all
+
     def measure(self, batch: Batch, rounds: int = 5) -> Measure:
         """Return what times a configuration of ours on a batch; infinity for one that does not fit the chip."""
         return lambda config: guarded_us(lambda: self.ours(batch, config), len(self.w13), rounds, self.device)
@@ -79,9 +98,6 @@ class Workbench:
 
 def guarded_us(make: Callable[[], Layer], sets: int, rounds: int, device: torch.device) -> float:
     """Return the median µs of a layer, or infinity if Triton finds that it needs more than the chip has."""
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources, PTXASError
-
     try:
         return median_us(make(), sets, rounds, device)
     except (OutOfResources, PTXASError, CompilationError):
