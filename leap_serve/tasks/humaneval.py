@@ -27,29 +27,34 @@ def pass_at_1(items: Sequence[Item], completions: Sequence[str]) -> list[float]:
         return [float(outcome.passed) for outcome in pool.map(run_python, programs)]
 
 
-class HumanEval:
-    """HumanEval has only a test set: its train and validation splits are MBPP's, never its own (methods: §7)."""
+class Functions:
+    """What all tasks of functions to complete have in common."""
 
-    name = "humaneval"
     metric = "pass@1"
     stop: tuple[str, ...] = STOP
     max_tokens = 512
+
+    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[float]:
+        """HumanEval's pass@1, run in the sandbox."""
+        return pass_at_1(items, completions)
+
+
+class HumanEval(Functions):
+    """HumanEval has only a test set: its train and validation splits are MBPP's, never its own (methods: §7)."""
+
+    name = "humaneval"
 
     def __init__(self, data: Path | None = None) -> None:
         self._data = data
 
     def items(self, split: Split, limit: int | None = None, seed: int = 0) -> list[Item]:
-        """Return HumanEval's functions for "test", MBPP's for "train" and "validation"."""
+        """Return HumanEval's functions for "test", MBPP's, which have the same form, for "train" and "validation"."""
         if split == "test":
             return SOURCE.items(split, _item, self._data, limit, seed)
         # mbpp.py builds on this module.
         from leap_serve.tasks.mbpp import Mbpp
 
         return Mbpp(self._data).items(split, limit, seed)
-
-    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[float]:
-        """HumanEval's pass@1, run in the sandbox; MBPP's items have the same form."""
-        return pass_at_1(items, completions)
 
 
 def _item(row: Row, where: str) -> Item:

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
 from pathlib import Path
 
 from leap_serve.errors import LeapError
 from leap_serve.tasks.base import Item, Split
-from leap_serve.tasks.humaneval import STOP, pass_at_1
+from leap_serve.tasks.humaneval import Functions
 from leap_serve.tasks.rows import Row, Source, text_of
 
 SOURCE = Source("mbpp", "google-research-datasets/mbpp", "full", splits=("train", "validation", "test"))
 
 
-class Mbpp:
+class Mbpp(Functions):
     """Short Python functions from a sentence and an example; pass@1 on MBPP's own asserts, in the sandbox."""
 
     name = "mbpp"
-    metric = "pass@1"
-    stop: tuple[str, ...] = STOP
-    max_tokens = 512
 
     def __init__(self, data: Path | None = None) -> None:
         self._data = data
@@ -28,10 +24,6 @@ class Mbpp:
     def items(self, split: Split, limit: int | None = None, seed: int = 0) -> list[Item]:
         """Return the functions of an official split; the ten few-shot rows belong to none."""
         return SOURCE.items(split, _item, self._data, limit, seed)
-
-    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[float]:
-        """HumanEval's pass@1, run in the sandbox."""
-        return pass_at_1(items, completions)
 
 
 def _item(row: Row, where: str) -> Item:

@@ -7,13 +7,12 @@ all three from the reference with the highest ROUGE-1.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from leap_serve.errors import LeapError
-from leap_serve.metrics import ROUGE, rouge
 from leap_serve.tasks.base import SPLITS, Item, Split
 from leap_serve.tasks.rows import Row, Source
+from leap_serve.tasks.xsum import Summaries
 
 # The hub's own branch of Parquet files: the data set's script is no longer run by anybody.
 SOURCE = Source(
@@ -21,13 +20,10 @@ SOURCE = Source(
 )
 
 
-class Scitldr:
+class Scitldr(Summaries):
     """One-sentence summaries of abstracts, in their official splits."""
 
     name = "scitldr"
-    metric = "ROUGE-L"
-    stop: tuple[str, ...] = ("\n",)
-    max_tokens = 64
 
     def __init__(self, data: Path | None = None) -> None:
         self._data = data
@@ -35,17 +31,6 @@ class Scitldr:
     def items(self, split: Split, limit: int | None = None, seed: int = 0) -> list[Item]:
         """Return the abstracts of a split."""
         return SOURCE.items(split, _item, self._data, limit, seed)
-
-    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[float]:
-        """ROUGE-L F1 per summary, the largest over its references."""
-        return self.details(items, completions)["ROUGE-L"]
-
-    def details(self, items: Sequence[Item], completions: Sequence[str]) -> dict[str, list[float]]:
-        """ROUGE-1, ROUGE-2 and ROUGE-L."""
-        found = [
-            rouge(json.loads(item.reference["references"]), text) for item, text in zip(items, completions, strict=True)
-        ]
-        return {name: [one[name] for one in found] for name in ROUGE}
 
 
 def _item(row: Row, where: str) -> Item:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from leap_serve.tasks.base import Item, Split, take
-from leap_serve.tasks.humaneval import STOP, pass_at_1
+from leap_serve.tasks.humaneval import Functions
 
 VERBS = ("compute", "find", "get", "make", "solve", "build", "derive", "work_out")
 NOUNS = ("value", "result", "answer", "output", "total", "thing", "item", "entry")
@@ -84,18 +84,12 @@ def generate(rng: random.Random) -> Iterator[Item]:
         )
 
 
-class ToyCode:
+class ToyCode(Functions):
     """Python functions from their descriptions; pass@1 on executed code."""
 
     name = "toy-code"
-    metric = "pass@1"
-    stop: tuple[str, ...] = STOP
     max_tokens = 40
 
     def items(self, split: Split, limit: int | None = None, seed: int = 0) -> list[Item]:
         """Return ``limit`` (default 500) distinct functions of a split."""
         return take(generate(random.Random(f"{self.name}/{split}/{seed}")), split, limit or 500)
-
-    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[float]:
-        """HumanEval's pass@1, run in the sandbox."""
-        return pass_at_1(items, completions)

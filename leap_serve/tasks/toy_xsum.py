@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from leap_serve.tasks.base import Item, Split, take
-from leap_serve.tasks.xsum import all_rouge, rouge_l
+from leap_serve.tasks.xsum import Summaries
 
 CITIES = (
     "Athens", "Berlin", "Cairo", "Dublin", "Geneva", "Hamburg", "Jakarta", "Lima", "London", "Madrid", "Milan",
@@ -96,22 +96,12 @@ def generate(rng: random.Random) -> Iterator[Item]:
         )
 
 
-class ToyXsum:
+class ToyXsum(Summaries):
     """One-line summaries; ROUGE-L F1 with stemming."""
 
     name = "toy-xsum"
-    metric = "ROUGE-L"
-    stop: tuple[str, ...] = ("\n",)
     max_tokens = 32
 
     def items(self, split: Split, limit: int | None = None, seed: int = 0) -> list[Item]:
         """Return ``limit`` (default 500) distinct texts of a split."""
         return take(generate(random.Random(f"{self.name}/{split}/{seed}")), split, limit or 500)
-
-    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[float]:
-        """ROUGE-L F1 per summary."""
-        return rouge_l(items, completions)
-
-    def details(self, items: Sequence[Item], completions: Sequence[str]) -> dict[str, list[float]]:
-        """ROUGE-1, ROUGE-2 and ROUGE-L."""
-        return all_rouge(items, completions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,24 +14,36 @@ from leap_serve.tasks.rows import Row, Source, text_of
 SOURCE = Source("xsum", "EdinburghNLP/xsum", "default", revision="refs/convert/parquet")
 
 
-def rouge_l(items: Sequence[Item], completions: Sequence[str]) -> list[float]:
-    """Return ROUGE-L F1 in [0, 1] of each completion against ``reference["summary"]``."""
-    return all_rouge(items, completions)["ROUGE-L"]
-
-
 def all_rouge(items: Sequence[Item], completions: Sequence[str]) -> dict[str, list[float]]:
-    """Return F1 of ROUGE-1, ROUGE-2 and ROUGE-L in [0, 1] of each completion against ``reference["summary"]``."""
-    found = [rouge([item.reference["summary"]], text) for item, text in zip(items, completions, strict=True)]
+    """Return F1 of ROUGE-1, ROUGE-2 and ROUGE-L in [0, 1] of each completion.
+
+    It is against ``reference["summary"]``, or the largest over ``reference["references"]`` (JSON, a list).
+    """
+    golds = [json.loads(one.get("references", "null")) or [one["summary"]] for one in (i.reference for i in items)]
+    found = [rouge(gold, text) for gold, text in zip(golds, completions, strict=True)]
     return {name: [one[name] for one in found] for name in ROUGE}
 
 
-class Xsum:
-    """One-sentence summaries of news; 5 % of the official train split are the validation split."""
+class Summaries:
+    """What all tasks of one-sentence summaries have in common."""
 
-    name = "xsum"
     metric = "ROUGE-L"
     stop: tuple[str, ...] = ("\n",)
     max_tokens = 64
+
+    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[float]:
+        """ROUGE-L F1 per summary."""
+        return all_rouge(items, completions)["ROUGE-L"]
+
+    def details(self, items: Sequence[Item], completions: Sequence[str]) -> dict[str, list[float]]:
+        """ROUGE-1, ROUGE-2 and ROUGE-L."""
+        return all_rouge(items, completions)
+
+
+class Xsum(Summaries):
+    """One-sentence summaries of news; 5 % of the official train split are the validation split."""
+
+    name = "xsum"
 
     def __init__(self, data: Path | None = None) -> None:
         self._data = data
@@ -38,14 +51,6 @@ class Xsum:
     def items(self, split: Split, limit: int | None = None, seed: int = 0) -> list[Item]:
         """Return the texts of a split."""
         return SOURCE.items(split, _item, self._data, limit, seed)
-
-    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[float]:
-        """ROUGE-L F1 per summary."""
-        return rouge_l(items, completions)
-
-    def details(self, items: Sequence[Item], completions: Sequence[str]) -> dict[str, list[float]]:
-        """ROUGE-1, ROUGE-2 and ROUGE-L."""
-        return all_rouge(items, completions)
 
 
 def _item(row: Row, where: str) -> Item:

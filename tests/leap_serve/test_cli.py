@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from leap_serve.cli import VERBS, main
+from leap_serve.provenance import command, made_by
 
 
 def test_importing_the_product_loads_neither_torch_nor_vllm() -> None:
@@ -55,3 +56,16 @@ def test_inspect_json_is_the_last_line(capsys: pytest.CaptureFixture[str]) -> No
     assert main(["inspect", "leap-tiny", "--json"]) == 0
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert json.loads(last)
+
+
+@pytest.mark.parametrize(
+    ("program", "typed"),
+    [
+        ("/some/leap_serve/cli/__main__.py", "leap"), ("/bin/leap", "leap"), ("/some/pytest/__main__.py", "__main__.py"),
+        ("bench/tables.py", "tables.py"),
+    ],
+)  # fmt: skip
+def test_a_command_is_on_record_as_one_would_type_it(monkeypatch: pytest.MonkeyPatch, program: str, typed: str) -> None:
+    """``leap run`` starts its stages by python -m leap_serve.cli."""
+    monkeypatch.setattr(sys, "argv", [program, "cut", "a b"])
+    assert made_by()["argv"] == [typed, "cut", "a b"] and command() == f"{typed} cut 'a b'"

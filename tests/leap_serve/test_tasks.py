@@ -13,7 +13,7 @@ from leap_serve.errors import LeapError, UsageError
 from leap_serve.tasks.base import SPLITS, Item
 from leap_serve.tasks.gsm8k import exact_match, extract_answer
 from leap_serve.tasks.registry import TASKS, items_from_file, load_task
-from leap_serve.tasks.xsum import rouge_l
+from leap_serve.tasks.xsum import all_rouge
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -74,7 +74,7 @@ def test_gsm8k_gold_answers_score_one(shared_data: Path) -> None:
 def test_rouge_l_matches_published_summaries(shared_data: Path) -> None:
     rows = _rows(shared_data / "xsum_rouge_golden.jsonl.gz")
     items = [Item(str(i), "", "", {"summary": row["reference"]}) for i, row in enumerate(rows)]
-    scores = rouge_l(items, [row["ptgen"] for row in rows])
+    scores = all_rouge(items, [row["ptgen"] for row in rows])["ROUGE-L"]
     assert round(100 * sum(scores) / len(scores), 4) == 23.1959
 
 
