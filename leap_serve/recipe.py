@@ -8,12 +8,14 @@
     tune: {rounds: 4, steps: 400}
     eval: {limit: 200}
     bench: {kind: latency, rounds: 6}
+    load: {limit: 64}
 
 A stage holds the flags of its verb (``input-tokens: 64`` is ``--input-tokens 64``); a stage that is left
 out does not run. Relative paths are taken from the recipe's folder. What is tuned is what is evaluated and
 measured, and what is exported if ``export`` is a stage. ``eval`` may name tasks of its own; it and ``gate: {file:
-gate.yaml}``, which looks at what is not the task, compare with the full model. The sections of the authors' YAML
-(leap_serve.authors_yaml) may stand beside or in place of stages.
+gate.yaml}``, which looks at what is not the task, compare with the full model. ``load`` profiles what came of it, so
+that the report shows how the retained experts are used. The sections of the authors' YAML (leap_serve.authors_yaml)
+may stand beside or in place of stages.
 """
 
 from __future__ import annotations
@@ -33,13 +35,13 @@ from leap_serve.tasks.user import SUFFIXES, UserTask
 
 NEEDS = {
     "profile": None, "search": "profile", "cut": "search", "verify": "cut", "tune": "cut", "export": "tune",
-    "eval": "cut", "gate": "cut", "bench": "cut",
+    "eval": "cut", "gate": "cut", "bench": "cut", "load": "cut",
 }  # fmt: skip
 """Every stage, in the order of the line, and the one whose product it takes."""
 STAGES = tuple(NEEDS)
 OURS = {"out", "json", "force", "vs", "base", "task", "data", "results", "state", "latency"}
 """Flags that the runner sets itself."""
-VERBS = {"gate": "eval"}
+VERBS = {"gate": "eval", "load": "profile"}
 """Stages that are not called as their verbs are."""
 GATE = "gate.json"
 """What the gate found, also where it found a bound broken."""
@@ -133,6 +135,7 @@ class Recipe:
             "eval": ([made, "--vs", self.model, "--out", str(out / "eval.json")], "eval.json"),
             "gate": ([made, "--vs", self.model, "--out", str(out / GATE)], GATE),
             "bench": ([made, "--vs", self.model, "--results", str(out / "bench.jsonl")], None),
+            "load": ([made, *source, "--out", str(out / "load"), "--force"], "load"),
         }
         work: list[Stage] = []
         digest = hashlib.sha256(_hashes([self.task, self.data]).encode())

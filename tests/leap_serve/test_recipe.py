@@ -72,9 +72,21 @@ def test_what_is_tuned_is_what_comes_after(tmp_path: Path) -> None:
     assert tune[tune.index("--steps") + 1] == "40" and "--no-lora" in tune and "true" not in tune
     assert tune[tune.index("--state") + 1].startswith("out/tune/")
     assert stages["eval"][1] == stages["bench"][2] == "out/tuned"
-    stages = {one.name: one.argv for one in Recipe.load(write(tmp_path, text + "export:\n")).plan_of_work(Path("out"))}
+    more = "export:\nload: {limit: 9}\n"
+    stages = {one.name: one.argv for one in Recipe.load(write(tmp_path, text + more)).plan_of_work(Path("out"))}
     assert stages["export"][:4] == ("export", "out/tuned", "--out", "out/plain")
     assert stages["eval"][1] == stages["bench"][2] == "out/plain"
+    assert stages["load"] == (
+        "profile",
+        "out/plain",
+        "--task",
+        "toy-gsm",
+        "--out",
+        "out/load",
+        "--force",
+        "--limit",
+        "9",
+    )
 
 
 def test_the_router_pays_what_the_search_measured(tmp_path: Path) -> None:
