@@ -8,7 +8,7 @@
 
 Every run takes 400 expert steps of 32 items, labelled in 5 rounds, at most 10,240 of them (the paper's 10 × 1,024): fixed
 before the first run. It starts from plans that bench/search_methods.py found (rows there; a seed's run takes that seed's
-plan), tunes, writes the checkpoint as `leap tune` does, and scores it on 256 test items in the vLLM engine, where the full
+plan), tunes, writes the checkpoint as `leap tune` does, and scores it on 1,024 test items in the vLLM engine, where the full
 model is scored, too.
 One row per (task, experts, method, labels, seed) in bench/results/tune.jsonl; a row that is there is not made again.
 """
@@ -73,7 +73,7 @@ class Size:
     labels: int = 10_240
     pool: int = 12_288
     held_out: int = 256
-    tests: int = 256
+    tests: int = 1024
 
 
 SMOKE = Size(10, 40, 60, 4, 4)

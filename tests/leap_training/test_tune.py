@@ -142,6 +142,14 @@ def test_the_best_round_comes_back_and_patience_ends_the_run(small_cut: Path) ->
     assert tuner.item_losses(contrary.stopping)[0].mean() == pytest.approx(min(losses), abs=1e-6)
 
 
+@pytest.mark.parametrize(("experts", "constant"), [("lora", 0.768), ("full", 0.384)])
+def test_the_default_rate_falls_with_the_width_and_is_reported(small_cut: Path, experts: Any, constant: float) -> None:
+    tuner = Tuner(small_cut, DATA, replace(SMALL, learning_rate=None, experts=experts))
+    rate = constant / tuner.base.config.hidden_size
+    assert tuner.config.learning_rate == rate
+    assert report_of(tuner, None, 1.0, task="t")["config"]["learning_rate"] == rate
+
+
 def gradients(folder: Path, **settings: Any) -> dict[str, torch.Tensor]:
     tuner = Tuner(folder, DATA, replace(SMALL, **settings))
     batch = collate(tuner.tokenizer, DATA.pool[:5], 0.0)

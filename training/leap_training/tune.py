@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,9 @@ from leap_training.search_state import below
 from leap_training.tune_state import copy_into, load_optimizer, optimizer_tensors, read_state, write_state
 
 Report = Callable[[int, int, str], None]
+RATE_AT_WIDTH_1 = {"lora": 0.768, "none": 0.768, "full": 0.384}
+"""Learning rate times hidden size: Adam's rate falls with the width (Yang et al. 2022); the constants are leap-tiny's best
+(H = 128: 6e-3 for adapters, 3e-3 for the weights themselves; dev/LOG.md), and give 3.75e-4 at H = 2,048."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,8 @@ class TuneConfig:
         rounds, labels: batches of active learning, and items in each (B).
         steps: expert steps of the whole run.
         batch, accumulate: items of a step, and in how many parts they pass through the model.
-        learning_rate: of the experts, rising over ``lr_warmup`` steps and falling linearly to 0.
+        learning_rate: of the experts, rising over ``lr_warmup`` steps and falling linearly to 0; None takes
+            RATE_AT_WIDTH_1 over the model's hidden size.
         experts: "lora" adapters, "full" weights, or "none".
         distill: what an expert step adds to its loss: "none", or what a full model's "logits" or "experts" say.
         teacher: that model's folder.
@@ -65,12 +69,12 @@ class TuneConfig:
     steps: int = 4000
     batch: int = 32
     accumulate: int = 1
-    learning_rate: float = 3e-3
+    learning_rate: float | None = None
     lr_warmup: int = 50
     experts: Literal["lora", "full", "none"] = "lora"
     distill: Literal["none", "logits", "experts"] = "none"
     teacher: str | None = None
-    rank: int = 16
+    rank: int = 32
     adapter_l2: float = 0.01
     rl_router: bool = True
     supervised_router: bool = True
@@ -150,6 +154,9 @@ class Tuner:
         self.pool = Pool(data.pool, data.tests)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         base: Any = load_model(self.checkpoint, getattr(torch, config.dtype)).to(self.accelerator.device)
+        if config.learning_rate is None:
+            rate = RATE_AT_WIDTH_1[config.experts] / base.config.get_text_config().hidden_size
+            self.config = config = replace(config, learning_rate=rate)
         base.requires_grad_(False)
         use_fast_experts(base)
         if config.checkpointing:
@@ -161,7 +168,7 @@ class Tuner:
         self.routers = {f"router.{name}": p for name, p in self.agent.heads.named_parameters()}
         moved = list(self.experts.values()) + (list(self.routers.values()) if config.supervised_router else [])
         self.optimizer = (
-            torch.optim.AdamW(moved, lr=config.learning_rate, weight_decay=config.adapter_l2) if moved else None
+            torch.optim.AdamW(moved, lr=config.learning_rate or 0.0, weight_decay=config.adapter_l2) if moved else None
         )
         self.policy_names = {**self.routers, "value": self.agent.value}
         self.policy_optimizer = torch.optim.AdamW(
@@ -280,7 +287,7 @@ class Tuner:
     def _expert_step(self, batch: Batch, step: int) -> float:
         """One step of AdamW under the deterministic policy; returns the mean loss per answer token."""
         accelerator, config = self.accelerator, self.config
-        assert self.optimizer is not None
+        assert self.optimizer is not None and config.learning_rate is not None
         rate = min(1.0, (step + 1) / max(1, config.lr_warmup)) * (1 - step / config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * rate
