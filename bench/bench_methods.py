@@ -10,8 +10,8 @@ Tuning is leap_training.finetune's, 400 steps on 1,000 items, the same for all; 
 model that it leaves is a row of its own. Methods with a form of their own take the nearest to the budget: intra keeps
 that share of every expert's channels, lexi halves the active experts; shares of FLOPs and weights stand in each row.
 A method that refuses a model leaves a row with its reason. One row per (model, task, experts, method, seed, tuning) in
-bench/results/methods.jsonl; a row that is there, or whose twin is in search_methods.jsonl or lookahead.jsonl, is not
-made again. --work keeps plans and the state of searches, so that a bench that was killed goes on.
+bench/results/methods.jsonl; a row that is there, or whose twin is in search_methods.jsonl, lookahead.jsonl or
+tune.jsonl, is not made again. --work keeps plans and the state of searches, so that a bench that was killed goes on.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from leap_serve.cli.console import say, table
 from leap_serve.cut import cut
 from leap_serve.errors import LeapError
 from leap_serve.evaluate import evaluate
-from leap_serve.files import append_jsonl
+from leap_serve.files import append_jsonl, read_json, write_json
 from leap_serve.flops import parameters
 from leap_serve.plan import Plan
 from leap_serve.tasks.registry import load_task
@@ -91,7 +91,7 @@ class Size:
 
 
 SMOKE = Size(
-    4, 4, FinetuneConfig(items=8, steps=2, batch=4), ("--items", "2", "--episodes", "4"),
+    4, 4, FinetuneConfig(items=8, steps=2, batch=4), ("--items", "2", "--episodes", "32"),
     ("--steps", "2", "--train-items", "8"),
 )  # fmt: skip
 
@@ -120,6 +120,9 @@ def known(results: Path, size: Size) -> set[Cell]:
             done.add(Cell(row["model"], row["task"], row["experts"], row["method"], row["seed"], "none"))
     for row in read(results.parent / "lookahead.jsonl"):
         done.add(Cell(row["model"], row["task"], row["experts"], row["method"], row["seed"], size.tuned))
+    for row in read(results.parent / "tune.jsonl"):
+        if row["method"] == FULL:
+            done.add(Cell(row["model"], row["task"], row["experts"], FULL, row["seed"], "none"))
     return done
 
 
@@ -145,12 +148,12 @@ class Bench:
             return row | self.score(self.folder, cell.task) | {"flops_share": 1.0, "weights_share": 1.0}
         with tempfile.TemporaryDirectory() as work:
             try:
-                plan, seconds = self.plan(cell)
-                row |= self.facts(plan) | {"plan_seconds": seconds}
+                plan, cost = self.plan(cell)
+                row |= self.facts(plan) | cost
                 folder = self.cut(cell, plan, Path(work))
-                return row | self.score(folder, cell.task)
             except LeapError as error:
                 return row | {"refused": f"{error.what}; {error.remedy}"}
+            return row | self.score(folder, cell.task)
 
     def facts(self, plan: Plan) -> dict[str, Any]:
         """What a plan is and what it leaves of the model, from headers."""
@@ -161,16 +164,19 @@ class Bench:
             "weights_share": own.total / full.total,
         }  # fmt: skip
 
-    def plan(self, cell: Cell) -> tuple[Plan, float | None]:
-        """A cell's plan, found once, and the seconds it took."""
+    def plan(self, cell: Cell) -> tuple[Plan, dict[str, Any]]:
+        """A cell's plan, found once, and its seconds by the clock and of this process's cores; of the last run if resumed."""
         home = self.home(cell)
-        if not (home / "plan.json").exists():
-            began = time.monotonic()
+        if not (home / "cost.json").exists():
             source = self.folder if cell.method in DATA_FREE else self.profile(cell.task)
             state = ("--state", home / "state") if cell.method in RESUMED else ()
-            run("search", source, *self.flags(cell), *state, "-o", home / "plan.json")
-            (home / "seconds").write_text(f"{time.monotonic() - began:.1f}")
-        return Plan.load(home / "plan.json"), float((home / "seconds").read_text())
+            resumed, began, used = (home / "state").exists(), time.monotonic(), time.process_time()
+            run("search", source, *self.flags(cell), *state, "--force", "-o", home / "plan.json")
+            cost = {"plan_seconds": time.monotonic() - began, "plan_core_seconds": time.process_time() - used}
+            write_json(
+                home / "cost.json", {name: round(seconds, 1) for name, seconds in cost.items()} | {"resumed": resumed}
+            )
+        return Plan.load(home / "plan.json"), read_json(home / "cost.json")
 
     def home(self, cell: Cell) -> Path:
         seed = 0 if cell.method in UNSEEDED else cell.seed
@@ -192,7 +198,7 @@ class Bench:
             budget = ("--budget", 0.5)
         flags = ["--method", cell.method, *budget, "--seed", cell.seed, "--task", cell.task, "--model", self.folder]
         if cell.method == "tsep":
-            flags += ["--tuned", self.home(cell) / "tuned", "--force", *self.size.tsep]
+            flags += ["--tuned", self.home(cell) / "tuned", *self.size.tsep]
         return [*flags, *self.size.search]
 
     def cut(self, cell: Cell, plan: Plan, work: Path) -> Path:
@@ -227,6 +233,8 @@ def run(*argv: object) -> None:
     printed = io.StringIO()
     with quiet(printed):
         status = leap([str(one) for one in argv])
+    if status == 130:
+        raise KeyboardInterrupt
     if status:
         raise LeapError(f"leap {argv[0]}", printed.getvalue().strip().splitlines()[-1], f"exit status {status}")
 

@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 SCRIPTS = (
     "bench_tiny.py", "bench_parity.py", "bench_cut.py", "bench_batch.py", "bench_plugin.py", "bench_subsets.py",
     "search_methods.py", "bench_latency_reward.py", "bench_lookahead.py", "bench_tune.py", "bench_specialists.py",
+    "bench_methods.py", "bench_lexi.py", "bench_memory.py",
 )  # fmt: skip
 
 

@@ -80,8 +80,8 @@ def skipping(rows: Rows) -> Table:
     return Table(
         "Dynamic skipping: latency with it over latency without it",
         f"The same experts with and without skipping, interleaved, batch {BATCH}, of {RANDOM}. β = 1 leaves a token one expert "
-        "of four, the most that can be skipped; β = 1e-6 skips nothing: the price of the mechanism. Skipped choices keep their "
-        "places with weight 0, so shapes are static and the products are made all the same.",
+        "of four, the most that can be skipped; β = 1e-6 skips nothing: the price of the mechanism. A skipped choice names the "
+        "token's best expert and weighs 0: shapes are static and its products are made, but no expert is read for it.",
         ["skipping", "TPOT, share", "TTFT, share", "throughput, share"], body,
         [] if body else ["Empty: no row of bench lexi-speed with method skip."],
     )  # fmt: skip

@@ -1,0 +1,69 @@
+"""The benches of methods, of LExI's figures and of memory, as small as they go; rows that are there are not made twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+def rows_of(script: str, folder: Path, *flags: str) -> list[dict[str, Any]]:
+    """Run a bench twice; the rows of the first time, which the second leaves alone."""
+    results = folder / "rows.jsonl"
+    command = [sys.executable, str(BENCH / script), "--smoke", "--work", str(folder), "--results", str(results), *flags]
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    written = []
+    for _ in range(2):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
+        assert done.returncode == 0, done.stderr[-2000:]
+        written.append(results.read_bytes())
+    assert written[0] == written[1]
+    return [json.loads(line) for line in written[0].splitlines()]
+
+
+def test_methods_are_scored_before_and_after_the_same_tuning(tmp_path: Path) -> None:
+    flags = ("--task", "toy-gsm", "--seeds", "0", "--tuning", "--methods", "full-model", "random", "hc-smoe", "lexi")
+    rows = {(row["method"], row["tuning"]): row for row in rows_of("bench_methods.py", tmp_path, *flags)}
+    short = "2 steps, 8 items"
+    assert list(rows) == [
+        ("full-model", "none"), ("random", "none"), ("hc-smoe", "none"), ("lexi", "none"),
+        ("random", short), ("hc-smoe", short), ("lexi", short),
+    ]  # fmt: skip
+    assert rows["full-model", "none"]["loss"] < rows["random", short]["loss"] < rows["random", "none"]["loss"]
+    # Merged experts and uneven top_k are of our own form; lexi keeps all weights and saves FLOPs.
+    assert "own form" in rows["hc-smoe", short]["refused"] and "score" not in rows["hc-smoe", short]
+    assert rows["lexi", "none"]["weights_share"] == 1.0 > rows["lexi", "none"]["flops_share"]
+    assert rows["random", "none"]["retained"] == [8] * 4 and rows["random", "none"]["weights_share"] < 0.3
+
+
+def test_lexis_figures_have_a_row_for_every_way_to_take_away(tmp_path: Path) -> None:
+    rows = rows_of("bench_lexi.py", tmp_path)
+    speeds = {(row["method"], row["setting"]): row for row in rows if row["bench"] == "lexi-speed"}
+    assert list(speeds) == [("inter", "50 %"), ("intra", "50 %"), ("lexi", "50 %"), ("skip", "β = 1")]
+    assert speeds["inter", "50 %"]["contenders"][0]["retained"] == [32, 32]
+    assert sum(speeds["lexi", "50 %"]["contenders"][0]["top_k"]) == 4
+    assert speeds["lexi", "50 %"]["weights_share"] == 1.0 > speeds["intra", "50 %"]["weights_share"]
+    for row in speeds.values():
+        assert row["ratio_a_over_b"]["total_tok_s"]["median"] > 0
+    drawn = [row for row in rows if row["bench"] == "lexi-sensitivity"]
+    assert [(row["layer"], row["top_k"]) for row in drawn] == [(layer, k) for layer in range(4) for k in (1, 2, 3, 4)]
+    for layer in range(4):
+        of = [row["deviation"] for row in drawn if row["layer"] == layer]
+        assert of == sorted(of, reverse=True) and of[-1] == 0.0 and drawn[4 * layer]["std_error"] > 0
+    scored = [(row["method"], row["setting"]) for row in rows if row["bench"] == "lexi"]
+    assert scored == [("base", "0 %"), ("inter", "12.5 %")]
+
+
+def test_memory_is_that_of_a_process_of_its_own(tmp_path: Path) -> None:
+    rows = {row["method"]: row for row in rows_of("bench_memory.py", tmp_path, "--methods", "load", "naee", "intra")}
+    assert list(rows) == ["load", "naee", "intra"]
+    for row in rows.values():
+        assert row["peak_bytes"] > row["model_bytes"] > 0
