@@ -7,7 +7,7 @@ FAST := not e2e and not slow
 # Engines start for most of the time that the tests take, on one core each; a file's tests stay together.
 PARALLEL ?= -n 2 --dist loadfile
 
-.PHONY: demo test check test-slow bench lint setup clean leap-tiny
+.PHONY: demo test check test-slow bench bench-gpu lint setup clean leap-tiny
 
 demo: setup
 	$(BIN)/leap demo --out runs/demo --force
@@ -29,6 +29,9 @@ lint: setup
 
 bench: setup
 	$(BIN)/python bench/run_all.py
+
+bench-gpu: setup
+	$(BIN)/python bench/run_gpu.py
 
 # glibc would return every freed buffer to the system and fault it in again: a third of the step time.
 leap-tiny: setup

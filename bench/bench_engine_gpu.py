@@ -2,6 +2,8 @@
 
     python bench/bench_engine_gpu.py                      # on a CUDA GPU; rows in results/engine_gpu.jsonl
     python bench/bench_engine_gpu.py --kernels vllm ours  # the same with our MoE kernel as well
+    python bench/bench_engine_gpu.py --resume             # only what the file of rows lacks
+    python bench/bench_engine_gpu.py --sparse DIR         # writes one checkpoint with every |I|, for leap tune-kernels
     python bench/bench_engine_gpu.py --smoke --out FILE   # tiny sizes on a CPU; its times say nothing about a GPU
 
 128, 64, 32, 16 and 8 experts a layer and one plan whose layers differ, each in a process of its own. The checkpoints are
@@ -20,18 +22,21 @@ import struct
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from leap_serve.bench import stamped
-from leap_serve.checkpoint import FINGERPRINT_KEY, MANIFEST, resolve_model
+from leap_serve.checkpoint import FINGERPRINT_KEY, MANIFEST, Checkpoint, resolve_model
 from leap_serve.cli.console import table
-from leap_serve.files import append_jsonl, write_json
+from leap_serve.files import append_jsonl, new_folder, write_json
 from leap_serve.plan import BaseModel, LayerPlan, Plan
 
 RESULTS = Path(__file__).parent / "results" / "engine_gpu.jsonl"
+SPARSE = "sparse"
+"""Stands for the name of a model in plans of checkpoints without weights."""
 SIZES: dict[str, int] = dict(
     vocab_size=151936, hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=48,
     num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
@@ -87,9 +92,9 @@ def write_sparse(folder: Path, settings: dict[str, Any], counts: Sequence[int]) 
         "dtype": settings["dtype"], "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     metadata, kind, width = {"format": "pt"}, *{"bfloat16": ("BF16", 2), "float32": ("F32", 4)}[settings["dtype"]]
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     if len(set(counts)) > 1:
-        base = BaseModel("sparse", "0" * 64)
+        base = BaseModel(SPARSE, "0" * 64)
         plan = Plan(base, sizes["num_experts"], {
             layer: LayerPlan(tuple(range(counts[layer])), top_k, 1.0) for layer in range(layers)
         })  # fmt: skip
@@ -128,8 +133,9 @@ def child(folder: str, settings: dict[str, Any]) -> dict[str, Any]:
             row = {"input_tokens": given, "output_tokens": made, "batch": batch}
             rows.append(row | {name: found.summary(name).to_json() for name in metrics})
     memory = engine.memory()
+    kernels = Counter(f"{one['kernel']}: {one['experts_class']}" for one in engine.kernels())
     engine.close()
-    return {"rows": rows, "weights_gib": memory.weights_bytes / 2**30, "kv_gib": memory.kv_cache_bytes / 2**30,
+    return {"rows": rows, "moe_kernels": dict(kernels), "weights_gib": memory.weights_bytes / 2**30, "kv_gib": memory.kv_cache_bytes / 2**30,
             "peak_gib": memory.peak_bytes / 2**30}  # fmt: skip
 
 
@@ -153,58 +159,135 @@ def variants(settings: dict[str, Any]) -> dict[str, list[int]]:
     return {**{str(count): [count] * layers for count in settings["experts"]}, "uneven": uneven}
 
 
-def run(settings: dict[str, Any], kernels: Sequence[str], out: Path, smoke: bool) -> None:
-    rows = []
+Key = tuple[str, str, int, int]
+"""Experts, kernel, input tokens, batch: one row."""
+
+
+def key_of(row: dict[str, Any]) -> Key:
+    return (row["experts"], row["kernel"], row["input_tokens"], row["batch"])
+
+
+def wanted(settings: dict[str, Any], experts: str, kernel: str) -> set[Key]:
+    """The rows that one engine gives."""
+    return {(experts, kernel, given, batch) for given, _ in settings["contexts"] for batch in settings["batches"]}
+
+
+def run(
+    settings: dict[str, Any], names: Sequence[str], kernels: Sequence[str], out: Path, smoke: bool, known: list[dict[str, Any]]
+) -> None:  # fmt: skip
+    """Measure what ``known`` rows do not hold, an engine at a time, and show all."""
+    rows = list(known)
     with tempfile.TemporaryDirectory() as work:
-        for name, counts in variants(settings).items():
-            folder = write_sparse(Path(work) / name, settings, counts)
+        for name in names:
+            folder = write_sparse(Path(work) / name, settings, variants(settings)[name])
             for kernel in kernels:
-                env = {**os.environ, "LEAP_KERNEL": kernel, "PYTHONSAFEPATH": "1", "VLLM_NO_USAGE_STATS": "1"}
-                command = [sys.executable, __file__, "--child", str(folder), json.dumps(settings)]
-                done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=False)
-                if done.returncode:
-                    raise SystemExit(
-                        f"{name} experts, kernel {kernel}: the engine's process ended with {done.returncode}"
-                    )
-                found = json.loads(done.stdout.splitlines()[-1])
+                if wanted(settings, name, kernel) <= {key_of(row) for row in known}:
+                    continue
+                found = measure_apart(folder, settings, kernel, name)
                 about = {"bench": "engine_gpu", "experts": name, "kernel": kernel, "smoke": smoke,
-                         "weights_gib": found["weights_gib"], "kv_gib": found["kv_gib"]}  # fmt: skip
+                         "moe_kernels": found["moe_kernels"], "weights_gib": found["weights_gib"],
+                         "kv_gib": found["kv_gib"]}  # fmt: skip
                 for row in found["rows"]:
                     fits = largest_batch(settings, found, row["input_tokens"] + row["output_tokens"])
                     rows.append(about | row | {"largest_batch": fits})
                     append_jsonl(out, stamped(rows[-1]))
-    show(rows)
+    show(rows, str(settings["experts"][0]))
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    full = {
-        (r["kernel"], r["input_tokens"], r["batch"]): r["tpot_ms"]["median"]
-        for r in rows
-        if r["experts"] == rows[0]["experts"]
-    }
-    lines = [
-        [
-            r["experts"], r["kernel"], r["input_tokens"], r["batch"], f"{r['tpot_ms']['median']:.2f}",
-            f"{full[r['kernel'], r['input_tokens'], r['batch']] / r['tpot_ms']['median']:.2f}",
-            f"{r['ttft_ms']['median']:.1f}", f"{r['output_tok_s']['median']:.0f}", f"{r['weights_gib']:.2f}",
-            r["largest_batch"] or "–",
-        ]
-        for r in rows
-    ]  # fmt: skip
-    header = ["experts", "kernel", "input", "batch", "TPOT ms", "speed-up", "TTFT ms", "tok/s", "weights GiB", "fits"]
-    table("real vLLM, random weights; speed-up of TPOT over the first line's experts", header, lines)
+def measure_apart(folder: Path, settings: dict[str, Any], kernel: str, name: str) -> dict[str, Any]:
+    """Open one engine in a process of its own; returns what child() found."""
+    env = {**os.environ, "LEAP_KERNEL": kernel, "PYTHONSAFEPATH": "1", "VLLM_NO_USAGE_STATS": "1"}
+    command = [sys.executable, __file__, "--child", str(folder), json.dumps(settings)]
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name} experts, kernel {kernel}: the engine's process ended with {done.returncode}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def show(rows: list[dict[str, Any]], full: str) -> None:
+    """Print all rows; the speed-up is that of TPOT over ``full`` experts with vLLM's kernel."""
+    base = {key_of(row)[2:]: row["tpot_ms"]["median"] for row in rows if key_of(row)[:2] == (full, "vllm")}
+    lines = []
+    for r in rows:
+        tpot, before = r["tpot_ms"]["median"], base.get(key_of(r)[2:])
+        lines.append([
+            r["experts"], r["kernel"], r["input_tokens"], r["batch"], f"{tpot:.2f}",
+            f"{before / tpot:.2f}" if before else "–", f"{r['ttft_ms']['median']:.1f}",
+            f"{r['output_tok_s']['median']:.0f}", f"{r['weights_gib']:.2f}", f"{r['kv_gib']:.2f}", r["largest_batch"] or "–",
+        ])  # fmt: skip
+    header = [
+        "experts",
+        "kernel",
+        "input",
+        "batch",
+        "TPOT ms",
+        "speed-up",
+        "TTFT ms",
+        "tok/s",
+        "weights GiB",
+        "KV GiB",
+        "fits",
+    ]
+    table(f"real vLLM, random weights; speed-up of TPOT over {full} experts with vLLM's kernel", header, lines)
+
+
+def rows_of(out: Path, smoke: bool) -> list[dict[str, Any]]:
+    """The rows that a file holds of this bench, run this way."""
+    lines = out.read_text(encoding="utf-8").splitlines() if out.is_file() else []
+    return [row for row in map(json.loads, lines) if row.get("bench") == "engine_gpu" and row.get("smoke") is smoke]
+
+
+def write_tunable(folder: Path, settings: dict[str, Any]) -> None:
+    """Write a checkpoint whose layers go through all expert counts: what leap tune-kernels needs to see them all.
+
+    One that is there already stays.
+    """
+    counts, layers = settings["experts"], settings["sizes"]["num_hidden_layers"]
+    each = [counts[layer % len(counts)] for layer in range(layers)]
+    if (folder / MANIFEST).is_file():
+        plan = Checkpoint.open(folder).plan
+        if plan is not None and (plan.base.id, plan.counts) == (SPARSE, each):
+            return
+    with new_folder(folder) as work:
+        write_sparse(work, settings, each)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU")
     parser.add_argument("--kernels", nargs="+", choices=["auto", "ours", "vllm"], default=["vllm"])
+    parser.add_argument("--experts", nargs="+", metavar="N", help="expert counts, or uneven (default: all)")
+    parser.add_argument("--batches", type=int, nargs="+", metavar="B")
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", metavar="TOKENS", help="input tokens (default: 128 and 2048)"
+    )
+    parser.add_argument("--output-tokens", type=int, metavar="TOKENS", help="decoded a request (default: 128)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="measured rounds of each batch (default: 5)")
+    parser.add_argument("--resume", action="store_true", help="skip the engines whose rows the file holds already")
+    parser.add_argument(
+        "--sparse", type=Path, help="write a checkpoint with every expert count here, and measure nothing"
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(child(args.child[0], json.loads(args.child[1]))))
         return 0
+    settings = {**(SMOKE if args.smoke else GPU)}
+    if args.sparse:
+        write_tunable(args.sparse, settings)
+        return 0
+    names = args.experts or list(variants(settings))
+    if unknown := sorted(set(names) - set(variants(settings))):
+        parser.error(f"--experts {' '.join(unknown)}: choose among {', '.join(variants(settings))}")
+    settings["batches"] = args.batches or settings["batches"]
+    settings["rounds"] = args.rounds or settings["rounds"]
+    settings["contexts"] = [
+        (given, args.output_tokens or made)
+        for given, made in settings["contexts"]
+        if not args.contexts or given in args.contexts
+    ]
     if args.smoke and args.out is None:
         parser.error("--smoke needs --out: its times do not belong among the results")
     if not args.smoke:
@@ -212,7 +295,8 @@ def main() -> int:
 
         if not torch.cuda.is_available():
             parser.error("no CUDA GPU here: run it on one, or try --smoke")
-    run(SMOKE if args.smoke else GPU, args.kernels, args.out or RESULTS, args.smoke)
+    out = args.out or RESULTS
+    run(settings, names, args.kernels, out, args.smoke, rows_of(out, args.smoke) if args.resume else [])
     return 0
 
 

@@ -1,22 +1,25 @@
-"""One MoE layer: our kernel against vLLM's (default and tuned), torch's grouped_mm, and the floor of the machine.
+"""One MoE layer: our kernel against vLLM's (default and tuned), OpenAI's, torch's grouped_mm, and the machine's floor.
 
     python bench/bench_kernel.py                      # on a CUDA GPU, nothing else running; rows in results/kernel.jsonl
+    python bench/bench_kernel.py --resume             # only what the file lacks: after an interruption
     python bench/bench_kernel.py --resources          # no GPU: registers and shared memory for sm_80, sm_90, sm_100
     python bench/bench_kernel.py --smoke --out FILE   # no GPU: tiny shapes in Triton's interpreter; its times mean nothing
 
 All contenders of a shape take turns in one process; each time is a CUDA graph's, between two events, on weights that
 rotate through more than any L2. The floor is the larger of bytes over the copy bandwidth and arithmetic over the matrix
 rate, both measured first. Tuned launches come from LEAP_KERNEL_CONFIGS (`leap tune-kernels`), which holds vLLM's as well.
+A contender that cannot run here is left out, and the row says why.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,29 +70,56 @@ def grouped_mm(bench: Any, batch: Any) -> Callable[[int], object]:
     return run
 
 
-def contenders(bench: Any, batch: Any, tuned: Any, smoke: bool) -> Iterator[tuple[str, Callable[[int], Any]]]:
-    """Yield name and layer; what cannot run here is left out, and the row says who ran."""
-    import torch
+Made = Callable[[], Callable[[int], Any]]
+PROVEN = ("ours", "ours default", "vLLM default", "vLLM tuned")
+"""Contenders that must agree: if one differs, nothing is timed. The others are left out of a row, with the reason."""
 
-    tokens = len(batch.x)
-    entry = tuned.nearest(tokens) if tuned else None
-    yield "ours", bench.ours(batch, entry.config if entry else None)
+
+def contenders(bench: Any, batch: Any, tuned: Any, smoke: bool) -> dict[str, Made]:
+    """Return name → what makes its layer; making it, or running it, may fail where its library is absent."""
+    from leap_kernels import reference_moe
+    from leap_vllm import compat_contenders as others
+
+    entry = tuned.nearest(len(batch.x)) if tuned else None
+    given = {"topk_ids": batch.ids, "topk_weights": batch.weights}
+    data = (batch.x, bench.w13, bench.w2, batch.ids, batch.weights)
+    made: dict[str, Made] = {"ours": lambda: bench.ours(batch, entry.config if entry else None)}
     if smoke:
-        from leap_kernels import reference_moe
+        made["torch"] = lambda: lambda index: reference_moe(batch.x, bench.w13[index], bench.w2[index], **given)
+    else:
+        if entry:
+            made["ours default"] = lambda: bench.ours(batch)
+        made["vLLM default"] = lambda: others.vllm_layer(*data)
+        if entry and entry.vllm_config:
+            made["vLLM tuned"] = lambda: others.vllm_layer(*data, dict(entry.vllm_config))
+        made["torch grouped_mm"] = lambda: grouped_mm(bench, batch)
+    made["OpenAI triton_kernels"] = lambda: others.openai_layer(*data)
+    return made
 
-        given = {"topk_ids": batch.ids, "topk_weights": batch.weights}
-        yield "torch", lambda index: reference_moe(batch.x, bench.w13[index], bench.w2[index], **given)
-        return
-    if entry:
-        yield "ours default", bench.ours(batch)
-    from leap_vllm.compat_experts import vllm_layer
 
-    vllm = (batch.x, bench.w13, bench.w2, batch.ids, batch.weights)
-    yield "vLLM default", vllm_layer(*vllm)
-    if entry and entry.vllm_config:
-        yield "vLLM tuned", vllm_layer(*vllm, dict(entry.vllm_config))
-    if hasattr(torch, "_grouped_mm") and batch.x.dtype == torch.bfloat16:
-        yield "torch grouped_mm", grouped_mm(bench, batch)
+def agreeing(made: dict[str, Made]) -> tuple[dict[str, Callable[[int], Any]], dict[str, str]]:
+    """Return the layers that run and give what ours gives, and why each of the others does not take part."""
+    running: dict[str, Callable[[int], Any]] = {}
+    absent: dict[str, str] = {}
+    expected: Any = None
+    for name, make in made.items():
+        try:
+            layer = make()
+            found = layer(0).float()
+        except Exception as error:
+            if name in PROVEN:
+                raise
+            absent[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            continue
+        expected = found if expected is None else expected
+        apart = ((found - expected).abs().max() / expected.abs().max()).item()
+        if apart < 0.05:
+            running[name] = layer
+        elif name in PROVEN:
+            raise SystemExit(f"{name} differs from ours by {apart:.3f} of the largest output: nothing is timed")
+        else:
+            absent[name] = f"its output differs from ours by {apart:.3f} of the largest"
+    return running, absent
 
 
 def measure(bench: Any, tokens: int, rates: dict[str, float], tuned: Any, rounds: int, smoke: bool) -> dict[str, Any]:
@@ -99,12 +129,7 @@ def measure(bench: Any, tokens: int, rates: dict[str, float], tuned: Any, rounds
     from leap_kernels.timing import interleaved_us
 
     batch = bench.batch(tokens)
-    running = dict(contenders(bench, batch, tuned, smoke))
-    expected = running["ours"](0).float()
-    for name, layer in running.items():
-        apart = ((layer(0).float() - expected).abs().max() / expected.abs().max()).item()
-        if not apart < 0.05:
-            raise SystemExit(f"{name} differs from ours by {apart:.3f} of the largest output: nothing is timed")
+    running, absent = agreeing(contenders(bench, batch, tuned, smoke))
     sets, device = len(bench.w13), torch.device(bench.device)
     times = interleaved_us(running, sets, rounds, device)
     by_bytes = bench.bytes_read(batch) / rates["copy_gb_s"] / 1e3
@@ -115,7 +140,7 @@ def measure(bench: Any, tokens: int, rates: dict[str, float], tuned: Any, rounds
         "tokens": tokens, "distinct_experts": batch.distinct(), "floor_us": floor,
         "bound": "bytes" if by_bytes > by_flops else "arithmetic", "of_floor": floor / medians["ours"],
         "us": medians, "spread_us": {name: [min(values), max(values)] for name, values in times.items()},
-        "rounds": rounds,
+        "rounds": rounds, "absent": absent,
     }  # fmt: skip
 
 
@@ -128,16 +153,20 @@ def sweep(args: argparse.Namespace, out: Path) -> None:
     plan: dict[str, Any] = SMOKE if args.smoke else GPU
     device = torch.device("cpu" if args.smoke else "cuda")
     name = "cpu, interpreted" if args.smoke else device_name(device)
+    known = known_rows(out) if args.resume else set()
     rates = machine(device, args.smoke)
     print(f"{name}: copy {rates['copy_gb_s']:.0f} GB/s, matrices {rates['matrix_tflop_s']:.1f} TFLOP/s", flush=True)
     for model in args.models or plan["models"]:
         hidden, width, top_k = plan["models"][model]
         for experts in args.experts or plan["experts"]:
+            todo = [t for t in args.tokens or plan["tokens"] if (model, experts, t, args.smoke) not in known]
+            if not todo:
+                continue
             shape = Shape(experts, hidden, width, min(top_k, experts), plan["dtype"])
             bench = Workbench(shape, device, plan["rotated"])
             tuned = None if args.smoke else find_table(shape, name)
             rows = []
-            for tokens in args.tokens or plan["tokens"]:
+            for tokens in todo:
                 row = measure(bench, tokens, rates, tuned, args.rounds, args.smoke)
                 rows.append(row)
                 about = {"bench": "kernel", "model": model, "experts": experts, "top_k": shape.top_k, "device": name}
@@ -146,19 +175,27 @@ def sweep(args: argparse.Namespace, out: Path) -> None:
             del bench
 
 
+def known_rows(out: Path) -> set[tuple[Any, ...]]:
+    """(model, experts, tokens, smoke) of the rows that a file holds."""
+    lines = out.read_text(encoding="utf-8").splitlines() if out.is_file() else []
+    rows = [row for row in map(json.loads, lines) if row.get("bench") == "kernel"]
+    return {tuple(row[key] for key in ("model", "experts", "tokens", "smoke")) for row in rows}
+
+
 def show(title: str, rows: list[dict[str, Any]]) -> None:
-    names = list(rows[0]["us"])
+    names = list(dict.fromkeys(name for row in rows for name in row["us"]))
     lines = [
-        [row["tokens"], f"{row['floor_us']:.1f}", f"{100 * row['of_floor']:.0f}", *(f"{row['us'][n]:.1f}" for n in names)]
+        [row["tokens"], f"{row['floor_us']:.1f}", f"{100 * row['of_floor']:.0f}",
+         *(f"{row['us'][n]:.1f}" if n in row["us"] else "–" for n in names)]
         for row in rows
     ]  # fmt: skip
     table(title, ["tokens", "floor", "ours, % of floor", *names], lines)
+    for name, why in {name: why for row in rows for name, why in row["absent"].items()}.items():
+        print(f"left out: {name}: {why}", flush=True)
 
 
 def resources(out: Path) -> int:
     """Compile everything that ships for three architectures and append what it takes."""
-    import json
-
     command = [sys.executable, "-m", "leap_kernels.compiling"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
@@ -179,6 +216,7 @@ def main() -> int:
     parser.add_argument("--experts", type=int, nargs="+")
     parser.add_argument("--tokens", type=int, nargs="+")
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--resume", action="store_true", help="skip what the file of rows holds already")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.resources:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -26,7 +27,11 @@ class Contender:
         from leap_serve.vllm_engine import VllmEngine
 
         self.engine = VllmEngine(model, **engine)
-        return {"dtype": self.engine.dtype, "max_model_len": self.engine.max_model_len, "threads": _threads()}
+        kernels = Counter(f"{one['kernel']}: {one['experts_class']}" for one in self.engine.kernels())
+        return {
+            "dtype": self.engine.dtype, "max_model_len": self.engine.max_model_len, "threads": _threads(),
+            "moe_kernels": dict(kernels),
+        }  # fmt: skip
 
     def round(self, workload: Mapping[str, Any], number: int) -> dict[str, Any]:
         """Run one round of a workload; returns its Sample."""

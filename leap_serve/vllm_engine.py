@@ -240,6 +240,10 @@ class VllmEngine:
         workers = self._rpc("leap_memory")
         return Memory(*(sum(worker[key] for worker in workers) for key in ("weights", "kv_cache", "peak")))
 
+    def kernels(self) -> list[dict[str, Any]]:
+        """Say which kernel each MoE layer runs, with which measured launches, and why."""
+        return list(self._rpc("leap_kernels")[0])
+
     def close(self) -> None:
         """Free the model; a second engine may then be opened in this process. Harmless when called twice."""
         if self._llm is None:

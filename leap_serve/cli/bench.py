@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warmup", type=int, default=1, help="rounds before that, not kept (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the prompts")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--leap-kernel", choices=["auto", "ours", "vllm"], help="MoE kernel of both, as in leap serve")
     parser.add_argument("--kv-cache-gib", type=float, default=1.0, help="KV cache of each contender (default 1)")
     parser.add_argument("--request-rate", type=float, default=math.inf, help="serve: requests per second (default inf)")
     parser.add_argument("--concurrency", type=int, help="serve: requests in flight at most")
@@ -109,7 +110,8 @@ def _contenders(args: argparse.Namespace, workloads: Sequence[Workload]) -> list
     labels = [Path(model).resolve().name if Path(model).is_dir() else model for model in models]
     if len(set(labels)) < len(labels):
         labels = [f"{side}: {label}" for side, label in zip("AB", labels, strict=True)]
-    return [Contender(label, model, engine) for label, model in zip(labels, models, strict=True)]
+    env = {"LEAP_KERNEL": args.leap_kernel} if args.leap_kernel else {}
+    return [Contender(label, model, engine, env) for label, model in zip(labels, models, strict=True)]
 
 
 def _timed(

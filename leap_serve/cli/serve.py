@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="auto, bfloat16, float16 or float32 (default: vLLM's auto)")
     parser.add_argument(
         "--leap-kernel", choices=["auto", "ours", "vllm"],
-        help="MoE kernel on a GPU: ours where `leap tune-kernels` measured it as faster (auto), always, or never",
+        help="MoE kernel on a GPU: ours where `leap tune-kernels` measured it as faster (auto), always, or never; "
+        "GET /leap says which one each layer runs",
     )  # fmt: skip
     parser.add_argument("--name", help="model name that clients use (default: the folder's name)")
     parser.add_argument(

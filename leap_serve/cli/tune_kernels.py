@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,18 +12,24 @@ from typing import TYPE_CHECKING, Any
 from leap_serve.architectures import text_config
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli.console import noted_bar, say, table
-from leap_serve.errors import UnsupportedError, UsageError
+from leap_serve.errors import LeapError, UnsupportedError, UsageError
 from leap_serve.files import write_json
 from leap_serve.provenance import made_by, versions
 
 if TYPE_CHECKING:
+    import torch
+
     from leap_kernels.tuning import Shape, Table
     from leap_kernels.workbench import Workbench
 
 EPILOG = """\
-Two files a shape are written: ours, and one in vLLM's own format, from which stock vLLM profits too. Serve with
+Two files a shape are written: ours, and one in vLLM's own format, from which stock vLLM profits too. In CKPT/kernels,
+where they go by themselves, the engine finds both; from another folder they are taken with
   LEAP_KERNEL_CONFIGS=DIR VLLM_TUNED_CONFIG_FOLDER=DIR leap serve CKPT
 Interrupted, the same command goes on where it stopped. Nothing else may use the GPU meanwhile."""
+
+SHARED_MEMORY = 227 * 1024
+"""Bytes that a block may take on an H200: what limits the configurations where there is no GPU to ask."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,17 +50,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     shapes = shapes_of(checkpoint, args.dtype, args.tp)
     if args.tokens and min(args.tokens) < 1:
         raise UsageError("--tokens", f"{min(args.tokens)} is not positive", "give numbers of at least 1")
-    import torch
+    device = _device()
+    from leap_kernels.tuning import BESIDE_WEIGHTS, TOKENS, device_name
 
-    if not torch.cuda.is_available():
-        raise UnsupportedError(
-            "GPU", "kernels are measured on a CUDA GPU, and there is none here",
-            "run it on the machine that serves",
-        )  # fmt: skip
-    from leap_kernels.tuning import TOKENS, device_name
-
-    device = torch.device("cuda")
-    folder = args.out or checkpoint.folder / "kernels"
+    folder = args.out or checkpoint.folder / BESIDE_WEIGHTS
+    _check_writable(folder)
     name, tokens = device_name(device), sorted(set(args.tokens or TOKENS))
     found = []
     with noted_bar("tuning") as bar:
@@ -63,8 +65,32 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
             found.append(_tune(shape, device, name, folder, tokens, done))
     _show(found, name)
-    say(f"serve with LEAP_KERNEL_CONFIGS={folder} VLLM_TUNED_CONFIG_FOLDER={folder}")
+    with_folder = "" if args.out is None else f"LEAP_KERNEL_CONFIGS={folder} VLLM_TUNED_CONFIG_FOLDER={folder} "
+    say(f"serve with {with_folder}leap serve {args.checkpoint}")
     return {"out": str(folder), "device": name, "files": [one.shape.file_name(name) for one in found]}
+
+
+def _device() -> torch.device:
+    """The GPU, or the CPU where Triton interprets: that tries the way, and its times mean nothing."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return torch.device("cpu")
+    raise UnsupportedError(
+        "GPU", "kernels are measured on a CUDA GPU, and there is none here", "run it on the machine that serves"
+    )
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise UsageError now rather than after the first measurement."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(folder, f"cannot be written ({error.strerror})", "name another folder with -o") from None
 
 
 def shapes_of(checkpoint: Checkpoint, dtype: str, tp: int) -> list[Shape]:
@@ -72,66 +98,79 @@ def shapes_of(checkpoint: Checkpoint, dtype: str, tp: int) -> list[Shape]:
     from leap_kernels.tuning import Shape
 
     config = text_config(checkpoint.config)
-    width = int(config.get("moe_intermediate_size") or config["intermediate_size"])
-    if tp < 1 or width % tp:
-        raise UsageError("--tp", f"{tp} ranks do not share {width} intermediate channels", "give a divisor")
+    full = int(config.get("moe_intermediate_size") or config["intermediate_size"])
     if config.get("hidden_act", "silu") not in ("silu", "swish") or checkpoint.family.model_type == "gpt_oss":
         raise UnsupportedError(
             checkpoint.folder, "its experts are not plain SiLU·mul: vLLM's kernel serves them", "nothing is to be tuned"
         )
     plan, layers = checkpoint.plan, checkpoint.moe_layers
+    # A plan may narrow a layer's experts as well (its width).
     sizes = (
-        {(len(layer.retained), layer.top_k) for layer in plan.layers.values()}
-        if plan else {(checkpoint.num_experts, checkpoint.top_k)} if layers else set()
+        {(len(layer.retained), layer.top_k, layer.width or full) for layer in plan.layers.values()}
+        if plan else {(checkpoint.num_experts, checkpoint.top_k, full)} if layers else set()
     )  # fmt: skip
-    return [Shape(experts, int(config["hidden_size"]), width // tp, top_k, dtype) for experts, top_k in sorted(sizes)]
+    for _, _, width in sorted(sizes):
+        if tp < 1 or width % tp:
+            raise UsageError("--tp", f"{tp} ranks do not share {width} intermediate channels", "give a divisor")
+    hidden = int(config["hidden_size"])
+    return [Shape(experts, hidden, width // tp, top_k, dtype) for experts, top_k, width in sorted(sizes)]
 
 
 def _tune(
-    shape: Shape, device: Any, name: str, folder: Path, tokens: list[int], done: Callable[[int, int], None]
+    shape: Shape, device: torch.device, name: str, folder: Path, tokens: list[int], done: Callable[[int, int], None]
 ) -> Table:
-    """Tune one shape, ours and vLLM's, and write both files."""
+    """Tune one shape, ours and vLLM's, and write both files. Raises LeapError for a damaged table in the folder."""
     import torch
     import triton
 
-    from leap_kernels.tuning import missing, tune_shape, vllm_file
-    from leap_kernels.workbench import Workbench
+    from leap_kernels.tuning import tune_shape, vllm_file
+    from leap_kernels.workbench import ROTATED_BYTES, Workbench
     from leap_vllm import compat_experts
 
-    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    bench = Workbench(shape, device)
+    on_gpu = device.type == "cuda"
+    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin if on_gpu else SHARED_MEMORY
+    bench = Workbench(shape, device, ROTATED_BYTES if on_gpu else 1)
 
     def measure_at(number: int) -> Any:
-        return bench.measure(bench.batch(number))
+        return bench.measure(bench.batch(number), 5 if on_gpu else 1)
 
-    found = tune_shape(
-        shape, name, folder, tokens, limit, made_by(versions=versions()), measure_at,
-        lambda number: tune_vllm(bench, number), done,
-    )  # fmt: skip
-    if missing(found, tokens):
-        raise AssertionError(f"tuning left out {missing(found, tokens)}")
-    path = folder / compat_experts.vllm_file_name(shape.experts, shape.width)
-    write_json(path, vllm_file(found, triton.__version__))
+    def prepare_at(number: int) -> Any:
+        return bench.prepare(bench.batch(number))
+
+    def vllm_at(number: int) -> tuple[float, dict[str, int]]:
+        return tune_vllm(bench, number)
+
+    try:
+        found = tune_shape(
+            shape, name, folder, tokens, limit, made_by(versions=versions()), measure_at,
+            vllm_at if on_gpu else None, done, prepare_at if on_gpu else None,
+        )  # fmt: skip
+    except ValueError as error:
+        raise LeapError(folder, str(error), "remove that file, or name another folder with -o") from None
+    if on_gpu:
+        write_json(
+            folder / compat_experts.vllm_file_name(shape.experts, shape.width), vllm_file(found, triton.__version__)
+        )
     return found
 
 
 def tune_vllm(bench: Workbench, tokens: int) -> tuple[float, dict[str, int]]:
     """Return the fastest launch of vLLM's kernel found by descent over its own tuner's space, and its µs."""
     from leap_kernels.workbench import guarded_us
-    from leap_vllm import compat_experts
+    from leap_vllm import compat_contenders
 
     shape, batch = bench.shape, bench.batch(tokens)
 
     def measure(config: dict[str, int]) -> float:
-        layer = compat_experts.vllm_layer(batch.x, bench.w13, bench.w2, batch.ids, batch.weights, config)
+        layer = compat_contenders.vllm_layer(batch.x, bench.w13, bench.w2, batch.ids, batch.weights, config)
         return guarded_us(lambda: layer, len(bench.w13), 5, bench.device)
 
     best = {
         "num_warps": 4, "num_stages": 3,
-        **compat_experts.vllm_default(tokens, shape.experts, shape.hidden, shape.width, shape.top_k),
+        **compat_contenders.vllm_default(tokens, shape.experts, shape.hidden, shape.width, shape.top_k),
     }  # fmt: skip
     best_us = measure(best)
-    for group in compat_experts.vllm_changes():
+    for group in compat_contenders.vllm_changes():
         for trial in [{**best, **change} for change in group]:
             if trial != best and (us := measure(trial)) < best_us:
                 best, best_us = trial, us
@@ -140,9 +179,9 @@ def tune_vllm(bench: Workbench, tokens: int) -> tuple[float, dict[str, int]]:
 
 def _show(found: list[Table], device: str) -> None:
     rows = [
-        [one.shape.experts, one.shape.top_k, tokens, f"{entry.us:.1f}", f"{entry.vllm_us:.1f}", f"{entry.vllm_us / entry.us:.2f}"]
+        [one.shape.experts, one.shape.width, one.shape.top_k, tokens, f"{entry.us:.1f}",
+         f"{entry.vllm_us:.1f}" if entry.vllm_us else "–", f"{entry.vllm_us / entry.us:.2f}" if entry.vllm_us else "–"]
         for one in found
         for tokens, entry in sorted(one.entries.items())
-        if entry.vllm_us
     ]  # fmt: skip
-    table(f"µs a layer on {device}, both tuned", ["|I|", "top_k", "tokens", "ours", "vLLM", "speed-up"], rows)
+    table(f"µs a layer on {device}, both tuned", ["|I|", "I", "top_k", "tokens", "ours", "vLLM", "speed-up"], rows)

@@ -44,6 +44,8 @@ def test_leap_route_of_a_full_model(server: Server) -> None:
     told = get(server, "/leap").json()
     assert (told["model"], told["cut"], told["plan"], told["fingerprint"]) == ("leap-tiny", False, None, None)
     assert [layer["retained"] for layer in told["layers"]] == [64] * len(told["layers"])
+    assert [one["layer"] for one in told["kernels"]] == [layer["layer"] for layer in told["layers"]]
+    assert {(one["kernel"], one["backend"]) for one in told["kernels"]} == {("vllm", "CPU")}
     assert "/leap" in get(server, "/openapi.json").json()["paths"]
 
 

@@ -23,6 +23,7 @@ def test_smoke(tmp_path: Path) -> None:
     for row in rows:
         assert set(row["us"]) == {"ours", "torch"} and min(row["us"].values()) > row["floor_us"] > 0
         assert row["smoke"] and row["hardware"]["cores"] and row["versions"]["triton"]
+        assert "neither installed nor carried by this vLLM" in row["absent"]["OpenAI triton_kernels"]
         assert row["distinct_experts"] <= min(row["experts"], 2 * row["tokens"])
     assert "3 experts, top-2" in done.stdout
 

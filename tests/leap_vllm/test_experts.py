@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,11 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from leap_kernels import tuning
+from leap_kernels.config import KernelConfig, Tile, default_config
+from leap_kernels.tuning import Entry, Shape, Table
 from leap_serve.checkpoint import Checkpoint
+from leap_serve.cli.tune_kernels import shapes_of
 from leap_serve.plan import LayerPlan, Plan
-from leap_vllm import experts
-from leap_vllm.compat_experts import MoeLayer
+from leap_vllm import compat_experts, experts
+from leap_vllm.compat_experts import Chosen, MoeLayer
 from parity import CONTROL, TOLERANCE, measure
 from serving import ENVIRONMENT
 
@@ -31,7 +37,8 @@ class Stock:
 def test_vllms_kernel_stays_where_nobody_measured(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(experts.VARIABLE, wanted)
     for layer in (LAYER, replace(LAYER, backend="CPU"), replace(LAYER, backend="FLASHINFER_CUTLASS")):
-        assert experts.choose(layer, Stock) is Stock
+        chosen = experts.choose(layer, Stock)
+        assert (chosen.experts, chosen.kernel, chosen.launches) == (Stock, "vllm", None) and chosen.why
 
 
 @pytest.mark.parametrize(
@@ -39,7 +46,7 @@ def test_vllms_kernel_stays_where_nobody_measured(wanted: str, monkeypatch: pyte
     [
         ({"plain": False}, "it is not plain SiLU·mul"), ({"batch_invariant": True}, "results must be batch-invariant"),
         ({"backend": "FLASHINFER_TRTLLM"}, "vLLM chose FLASHINFER_TRTLLM; pass --moe-backend triton"),
-        ({"backend": "CPU"}, "our MoE kernel needs a CUDA GPU"),
+        ({"backend": "CPU"}, "ours needs a CUDA GPU"),
     ],
 )  # fmt: skip
 def test_ours_says_why_it_does_not_run(
@@ -47,25 +54,80 @@ def test_ours_says_why_it_does_not_run(
 ) -> None:
     monkeypatch.setenv(experts.VARIABLE, "ours")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    experts._say.cache_clear()
+    experts._warn.cache_clear()
     with caplog.at_level("WARNING", logger="vllm.leap"):
-        assert experts.choose(replace(LAYER, **change), Stock) is Stock
-    assert why in caplog.text
+        assert experts.choose(replace(LAYER, **change), Stock) == Chosen(Stock, "vllm", None, why)
+    assert f"MoE layers of 16 experts, H 2048, I 768, top-8, bfloat16 keep vLLM's kernel: {why}" in caplog.text
+
+
+def measured(folder: Path, ours_us: float) -> Path:
+    """A table for LAYER in a checkpoint's folder: vLLM takes 10 µs at each of two numbers of tokens."""
+    entries = {m: Entry(default_config(m, 16, 8, 2), ours_us * m, 10.0, {"BLOCK_SIZE_M": 16}) for m in (1, 64)}
+    return Table(Shape(16, 2048, 768, 8, "bfloat16"), tuning.INTERPRETED, entries).save(folder / "kernels")
+
+
+def test_tables_beside_the_weights_decide_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delenv(experts.VARIABLE, raising=False)
+    for name in (tuning.FOLDER_VARIABLE, "VLLM_TUNED_CONFIG_FOLDER"):
+        monkeypatch.delenv(name, raising=False)
+    slow = replace(LAYER, model=str(tmp_path / "slow"))
+    measured(tmp_path / "slow", 11.0)
+    assert experts.choose(slow, Stock) == Chosen(Stock, "vllm", None, "measured as the faster one throughout")
+    assert os.environ["VLLM_TUNED_CONFIG_FOLDER"] == str(tmp_path / "slow" / "kernels"), (
+        "vLLM's own files are there, too"
+    )
+    fast = tmp_path / "fast" / "kernels"
+    path = measured(tmp_path / "fast", 1.0)
+    x, w13 = torch.empty(1, 2048, dtype=torch.bfloat16), torch.empty(16, 1536, 0)
+    ids = torch.empty(1, 8)
+    assert experts.launch("auto", fast, x, w13, ids) == default_config(1, 16, 8, 2)
+    assert experts.launch("auto", fast, x.expand(64, -1), w13, ids) is False, "measured as slower there"
+    assert experts.launch("ours", fast, x.expand(64, -1), w13, ids) == default_config(64, 16, 8, 2)
+    assert experts.launch("ours", fast, x, w13[:8], ids) is True, "nobody measured 8 experts: the default launch"
+    path.write_text("{")
+    damaged = replace(LAYER, model=str(tmp_path / "fast"), experts=16, top_k=8)
+    experts._table.cache_clear()
+    assert experts.choose(damaged, Stock).why.startswith("nobody measured")
+    assert experts.choose(replace(LAYER, model="an/id"), Stock).kernel == "vllm"
+    assert "VLLM_TUNED_CONFIG_FOLDER" not in os.environ, "an engine's offer does not outlive it"
+
+
+def test_a_folder_that_the_user_named_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", "/named")
+    compat_experts.offer_tuned_files(tmp_path)
+    assert os.environ["VLLM_TUNED_CONFIG_FOLDER"] == "/named"
+
+
+ENGINE = {**os.environ, **ENVIRONMENT, "TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
+
+
+def python(*command: str) -> str:
+    """Run Python with an engine's environment, kernels interpreted; return what it prints."""
+    done = subprocess.run([sys.executable, *command], env=ENGINE, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
 @pytest.mark.parametrize(
     "family", [pytest.param("qwen3_moe", marks=pytest.mark.e2e), pytest.param("llama4_text", marks=pytest.mark.slow)]
 )
-def test_engine_with_our_kernel_equals_stock(family: str, family_checkpoint: Callable[[str], Path]) -> None:
-    """vLLM itself runs our kernel, interpreted; Qwen3 renormalises, Llama-4 weighs the input."""
-    model = str(family_checkpoint(family))
-    env = {**os.environ, **ENVIRONMENT, "TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
-    command = [sys.executable, str(Path(__file__).parents[1] / "kernel_script.py"), model]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+def test_engine_with_our_kernel_equals_stock(
+    family: str, family_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """vLLM runs our kernel, interpreted, launched as a table beside the weights says; Qwen3 renormalises, Llama-4 weighs
+    the input."""
+    model = str(shutil.copytree(family_checkpoint(family), tmp_path / family))
+    (shape,) = shapes_of(Checkpoint.open(Path(model)), "float32", 1)
+    entry = Entry(KernelConfig(16, 1, Tile(32, 32, 4, 2), Tile(16, 32, 4, 2)), 1.0)
+    table = Table(shape, tuning.INTERPRETED, {1: entry}).save(tmp_path / family / tuning.BESIDE_WEIGHTS)
+    found = json.loads(python(str(Path(__file__).parents[1] / "kernel_script.py"), model).splitlines()[-1])
     ours, stock = found["ours"][model], found["vllm"][model]
-    assert ours["classes"] == ["LeapExperts"] and "LeapExperts" not in stock["classes"]
+    assert {(one["kernel"], one["experts_class"], one["launches"]) for one in ours["kernels"]} == {
+        ("ours", "LeapExperts", str(table))
+    }
+    assert {one["kernel"] for one in stock["kernels"]} == {"vllm"}
+    assert "LeapExperts" not in {one["experts_class"] for one in stock["kernels"]}
     rows = zip(ours["logprobs"], stock["logprobs"], strict=True)
     apart = max(abs(a - b) for one, other in rows for a, b in zip(one, other, strict=True))
     assert 0 < apart <= TOLERANCE

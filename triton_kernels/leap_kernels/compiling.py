@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from leap_kernels import _kernels, _route
 from leap_kernels.config import KernelConfig, default_config
-from leap_kernels.fused_moe import ADD_UP_COLUMNS, ROUTE_ELEMENTS, ROUTE_WARPS, precision_of
+from leap_kernels.fused_moe import ADD_UP_COLUMNS, CHOOSE_WARPS, ROUTE_ELEMENTS, ROUTE_WARPS, precision_of
 
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Bytes of shared memory that one block may take, by compute capability."""
@@ -119,12 +119,12 @@ def route_variants(experts: int, top_k: int, block_m: int, given: bool = False) 
     sizes = {"HAS_MAP": given, "BT": most, "BE": block_e, "BK": block_k}
     flags = {"HAS_LOGITS": not given, "SIGMOID": False, "HAS_BIAS": False, "RENORMALISE": True}
     label = f"E={experts} K={top_k}{' given' if given else ''}"
-    for kernel, constants in (
-        (_route.route_once, {**flags, **sizes, "BLOCK_M": block_m}),
-        (_route.route_choose, {**flags, **sizes}),
-        (_route.route_place, {**sizes, "BLOCK_M": block_m}),
+    for kernel, constants, num_warps in (
+        (_route.route_once, {**flags, **sizes, "BLOCK_M": block_m}, ROUTE_WARPS),
+        (_route.route_choose, {**flags, **sizes}, CHOOSE_WARPS),
+        (_route.route_place, {**sizes, "BLOCK_M": block_m}, ROUTE_WARPS),
     ):
-        yield Variant(label, kernel, constants, torch.bfloat16, ROUTE_WARPS)
+        yield Variant(label, kernel, constants, torch.bfloat16, num_warps)
 
 
 def shipped_variants() -> Iterator[Variant]:

@@ -17,7 +17,8 @@ ROUTE_ELEMENTS = 1024
 """Tokens × experts that one routing program holds in registers; with 2048 route_place takes a stack frame."""
 ROUTE_CHUNKS = 128
 """Most programs that share the routing of a large batch."""
-ROUTE_WARPS = 4
+ROUTE_WARPS, CHOOSE_WARPS = 4, 8
+"""Of the kernels that give out rows, and of route_choose: on four warps Triton 3.6 gives it a stack frame on sm_100."""
 ADD_UP_COLUMNS = 512
 """Columns that one program of the final sum handles: 4 a thread; 8 fp32 take a stack frame on sm_100."""
 
@@ -197,7 +198,7 @@ def _route_tokens(
         **flags,
         **sizes,
         BT=most,
-        num_warps=ROUTE_WARPS,
+        num_warps=CHOOSE_WARPS,
     )
     _route.route_place[(chunks,)](
         ids, mapped, counts, *sorted_to, *scalars, num_blocks, chunk, chunks,

@@ -41,4 +41,7 @@ def register() -> None:
         name = family.leap_architecture
         compat.register_model(family.architecture, name, f"leap_vllm.models:{name}")
     compat.register_loader("leap", "leap_vllm.loader:LeapLoader")
-    compat_experts.register_experts(experts.choose)
+    try:
+        compat_experts.register_experts(experts.choose)
+    except LeapError as error:
+        logging.getLogger("vllm.leap").error("MoE layers keep vLLM's own kernels: %s", error)

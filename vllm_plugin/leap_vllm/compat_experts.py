@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from leap_vllm import compat
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from leap_kernels.config import KernelConfig
 
 _METHOD = "UnquantizedFusedMoEMethod"
+_MOE = "vllm.model_executor.layers.fused_moe"
+_APPLY = (
+    "output", "hidden_states", "w1", "w2", "topk_weights", "topk_ids", "activation", "global_num_experts",
+    "expert_map", "apply_router_weight_on_input",
+)  # fmt: skip
+PROBES: Mapping[str, tuple[str, ...]] = {
+    "vllm.model_executor.custom_op:CustomOp.register_oot": ("name",),
+    f"{_MOE}.unquantized_fused_moe_method:{_METHOD}.__init__": ("moe",),
+    f"{_MOE}.modular_kernel:FusedMoEExpertsModular.apply": _APPLY,
+    f"{_MOE}.oracle.unquantized:backend_to_kernel_cls": ("backend",),
+    f"{_MOE}.config:FusedMoEConfig": (
+        "num_local_experts", "hidden_dim", "experts_per_token", "in_dtype", "activation", "has_bias",
+        "is_lora_enabled", "moe_parallel_config", "swiglu_limit", "swiglu_alpha", "swiglu_beta",
+    ),
+}  # fmt: skip
+"""What register_experts relies on, as in compat.PROBES."""
+_TUNED_FOLDER = "VLLM_TUNED_CONFIG_FOLDER"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +46,7 @@ class MoeLayer:
         plain: SiLU·mul without clamps, biases or LoRA: what our kernel computes.
         ranks: ranks that the experts are spread over.
         batch_invariant: results must not depend on the batch.
+        model: the model's folder or id.
     """
 
     experts: int
@@ -35,10 +58,34 @@ class MoeLayer:
     plain: bool
     ranks: int
     batch_invariant: bool
+    model: str = ""
 
 
-def register_experts(choose: Callable[[MoeLayer, type], type]) -> None:
-    """Let ``choose(layer, stock)`` name the experts class of every unquantised MoE layer. Safe to call twice."""
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What an MoE layer runs.
+
+    Args:
+        experts: the experts class.
+        kernel: whose.
+        launches: the file of measured launches that our kernel follows; None: its defaults, or vLLM's kernel.
+        why: in a few words.
+    """
+
+    experts: type
+    kernel: Literal["ours", "vllm"]
+    launches: Path | None
+    why: str
+
+
+def register_experts(
+    choose: Callable[[MoeLayer, type], Chosen], probes: Mapping[str, tuple[str, ...]] = PROBES
+) -> None:
+    """Let ``choose(layer, stock)`` name the experts class of every unquantised MoE layer. Safe to call twice.
+
+    Raises UnsupportedError, and changes nothing, with a vLLM whose layers are not those we know.
+    """
+    compat.check_signatures(probes)
     from vllm.model_executor.custom_op import op_registry_oot
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
@@ -52,7 +99,8 @@ def register_experts(choose: Callable[[MoeLayer, type], type]) -> None:
             super().__init__(moe)
             stock: type | None = vars(self).get("experts_cls")
             if stock is not None:
-                self.experts_cls = choose(_describe(moe, self.unquantized_backend.name), stock)
+                self.leap_chosen = choose(_describe(moe, self.unquantized_backend.name), stock)
+                self.experts_cls = self.leap_chosen.experts
 
     UnquantizedFusedMoEMethod.register_oot(Method, name=_METHOD)
     # vLLM's settings go by this name, and who asks what a layer is reads the class's.
@@ -61,14 +109,74 @@ def register_experts(choose: Callable[[MoeLayer, type], type]) -> None:
 
 def _describe(moe: Any, backend: str) -> MoeLayer:
     import vllm.envs as envs
+    from vllm.config import get_current_vllm_config_or_none
 
     clamps = (moe.swiglu_limit, moe.swiglu_alpha, moe.swiglu_beta)
+    config = get_current_vllm_config_or_none()
     return MoeLayer(
         experts=moe.num_local_experts, hidden=moe.hidden_dim, width=moe.intermediate_size_per_partition,
         top_k=moe.experts_per_token, dtype=str(moe.in_dtype).removeprefix("torch."), backend=backend,
         plain=moe.activation.value == "silu" and not moe.has_bias and not moe.is_lora_enabled and not any(clamps),
         ranks=moe.moe_parallel_config.ep_size, batch_invariant=bool(envs.VLLM_BATCH_INVARIANT),
+        model=str(config.model_config.model) if config is not None and config.model_config is not None else "",
     )  # fmt: skip
+
+
+def kernels_of(model: nn.Module) -> list[dict[str, Any]]:
+    """Return for each MoE layer {layer, kernel, experts_class, backend, launches, why}; quantised ones are vLLM's.
+
+    ``launches`` is the file of measured launches that the kernel follows, None where it goes by its defaults.
+    """
+    found = []
+    for layer, runner in sorted(compat.moe_layers(model).items()):
+        method = runner.routed_experts.quant_method
+        chosen: Chosen | None = getattr(method, "leap_chosen", None)
+        experts = getattr(method, "experts_cls", None)
+        backend = getattr(getattr(method, "unquantized_backend", None), "name", None)
+        launches = chosen.launches if chosen else None
+        if chosen and chosen.kernel == "vllm" and backend == "TRITON":
+            moe = runner.moe_config
+            launches = tuned_file(moe.num_local_experts, moe.intermediate_size_per_partition)
+        found.append({
+            "layer": layer, "kernel": chosen.kernel if chosen else "vllm",
+            "experts_class": getattr(experts, "__name__", type(method).__name__),
+            "backend": backend,
+            "launches": str(launches) if launches else None,
+            "why": chosen.why if chosen else "its experts are quantised, or the plugin's kernels are off",
+        })  # fmt: skip
+    return found
+
+
+def offer_tuned_files(folder: Path | None) -> None:
+    """Let vLLM's own kernel find its tuned files in ``folder``, unless the user has named another.
+
+    By vLLM's own variable, of this process; what an engine before this one was offered is taken back.
+    """
+    global _offered
+    named = os.environ.get(_TUNED_FOLDER)
+    wanted = str(folder) if folder else None
+    if named == wanted or named not in (None, _offered):
+        return
+    if wanted is None:
+        del os.environ[_TUNED_FOLDER]
+    else:
+        os.environ[_TUNED_FOLDER] = wanted
+    _offered = wanted
+
+
+_offered: str | None = None
+
+
+def tuned_file(experts: int, width: int) -> Path | None:
+    """Return the file of measured launches that vLLM's kernel takes for an unquantised shape here, or None."""
+    import vllm.envs as envs
+    from vllm.model_executor.layers.fused_moe import fused_moe
+
+    shipped = Path(fused_moe.__file__).parent / "configs"
+    for folder in (envs.VLLM_TUNED_CONFIG_FOLDER, shipped):
+        if folder and (path := Path(folder) / vllm_file_name(experts, width)).is_file():
+            return path
+    return None
 
 
 def our_experts(launch: Callable[[Any, Any, Any], KernelConfig | bool]) -> type:
@@ -89,20 +197,20 @@ def our_experts(launch: Callable[[Any, Any, Any], KernelConfig | bool]) -> type:
             self, output: torch.Tensor, hidden_states: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor,
             topk_weights: torch.Tensor, topk_ids: torch.Tensor, activation: Any, global_num_experts: int,
             expert_map: torch.Tensor | None, *rest: Any, **more: Any,
-        ) -> None:  # fmt: skip
+        ) -> Any:  # fmt: skip
             how = launch(hidden_states, w1, topk_ids)
             if how is False:
-                super().apply(
+                return super().apply(
                     output, hidden_states, w1, w2, topk_weights, topk_ids, activation, global_num_experts,
                     expert_map, *rest, **more,
                 )  # fmt: skip
-                return
             if _on_input(rest, more):  # vLLM has multiplied the weight into hidden_states already
                 topk_weights = topk_weights.new_ones(topk_weights.shape)
             fused_moe(
                 hidden_states, w1, w2, topk_ids=topk_ids.contiguous(), topk_weights=topk_weights.contiguous(),
                 expert_map=expert_map, config=None if how is True else how, out=output,
             )  # fmt: skip
+            return None  # what vLLM takes for a finished output
 
     return LeapExperts
 
@@ -137,42 +245,6 @@ def mapped_cpu_experts(stock: Any) -> type:
 def _on_input(rest: tuple[Any, ...], more: dict[str, Any]) -> bool:
     """Read apply_router_weight_on_input, the last argument of vLLM's ``apply``."""
     return bool(more["apply_router_weight_on_input"] if "apply_router_weight_on_input" in more else rest[-1])
-
-
-# vLLM's kernel as a contender ---------------------------------------------------------------------
-
-
-def vllm_layer(
-    x: torch.Tensor, w13: list[torch.Tensor], w2: list[torch.Tensor], ids: torch.Tensor, weights: torch.Tensor,
-    config: dict[str, int] | None = None,
-) -> Callable[[int], object]:  # fmt: skip
-    """Return vLLM's Triton layer on the i-th weights: with a configuration, or as vLLM itself chooses one."""
-    from vllm.model_executor.layers.fused_moe import fused_experts, override_config
-
-    def run(index: int) -> object:
-        with override_config(config):
-            return fused_experts(x, w13[index], w2[index], weights, ids)
-
-    return run
-
-
-def vllm_default(tokens: int, experts: int, hidden: int, width: int, top_k: int) -> dict[str, int]:
-    """The launch that vLLM chooses for a shape without a tuned file."""
-    from vllm.model_executor.layers.fused_moe.fused_moe import get_default_config
-
-    found: dict[str, int] = get_default_config(tokens, experts, width, hidden, top_k, None)
-    return found
-
-
-def vllm_changes() -> list[list[dict[str, int]]]:
-    """Groups of changes to a launch of vLLM's, for descent: the space of its own benchmark_moe, a field or two a time."""
-    return [
-        [{"BLOCK_SIZE_M": m} for m in (16, 32, 64, 128)],
-        [{"BLOCK_SIZE_N": n, "BLOCK_SIZE_K": k} for n in (32, 64, 128, 256) for k in (64, 128, 256)],
-        [{"num_warps": w, "num_stages": s} for w in (4, 8) for s in (2, 3, 4, 5)],
-        [{"GROUP_SIZE_M": g} for g in (1, 16, 32, 64)],
-        [{"BLOCK_SIZE_M": m} for m in (16, 32, 64, 128)],
-    ]  # fmt: skip
 
 
 def vllm_file_name(experts: int, width: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from leap_vllm import compat, compat_runners
+from leap_vllm import compat, compat_experts, compat_runners
 from leap_vllm.esp import EspWorker
 from leap_vllm.heads import read_heads
 from leap_vllm.profiling import Recording
@@ -37,6 +37,10 @@ class LeapWorker(EspWorker):
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         packed = compat.packed_elements(model) * self.model_runner.dtype.itemsize
         return {"weights": sum(weights.values()) + packed, "kv_cache": sum(cache.values()), "peak": peak}
+
+    def leap_kernels(self) -> list[dict[str, Any]]:
+        """Say which kernel each MoE layer runs, with which measured launches, and why."""
+        return compat_experts.kernels_of(self.model_runner.get_model())
 
     def leap_start_profile(self, channels_of: str | None = None) -> None:
         """Begin to record the experts' statistics, with channel sums where the checkpoint's folder is given.

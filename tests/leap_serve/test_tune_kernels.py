@@ -1,0 +1,87 @@
+"""What leap tune-kernels tunes of a checkpoint, and what it refuses before anything is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from leap_kernels.tuning import Shape
+from leap_serve import cli
+from leap_serve.checkpoint import Checkpoint
+from leap_serve.cli.tune_kernels import shapes_of
+from leap_serve.cut import cut
+from leap_serve.plan import LayerPlan, Plan
+
+
+@pytest.fixture(scope="module")
+def pruned(family_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen3-MoE whose layers hold 5, 3, 3 and 3 experts, of 32, 32, 16 and 16 channels."""
+    whole = Checkpoint.open(family_checkpoint("qwen3_moe"))
+    plans = (
+        LayerPlan((0, 2, 3, 5, 7), 2, channels=(tuple(range(32)),) * 5),
+        LayerPlan((1, 4, 6), 1, channels=(tuple(range(32)),) * 3),
+        LayerPlan((1, 4, 6), 1, channels=(tuple(range(0, 32, 2)),) * 3),
+    )
+    layers = {layer: plans[min(place, 2)] for place, layer in enumerate(whole.moe_layers)}
+    out = tmp_path_factory.mktemp("pruned") / "cut"
+    cut(whole.folder, Plan(whole.identity(), whole.num_experts, layers), out)
+    return out
+
+
+def test_every_distinct_shape_once(pruned: Path, family_checkpoint: Callable[[str], Path]) -> None:
+    checkpoint = Checkpoint.open(pruned)
+    hidden = checkpoint.config["hidden_size"]
+    assert len(checkpoint.moe_layers) > 3, "some shape comes twice"
+    shapes = [
+        Shape(3, hidden, 16, 1, "float16"),
+        Shape(3, hidden, 32, 1, "float16"),
+        Shape(5, hidden, 32, 2, "float16"),
+    ]
+    assert shapes_of(checkpoint, "float16", 1) == shapes
+    assert shapes_of(checkpoint, "float16", 4) == [replace(shape, width=shape.width // 4) for shape in shapes]
+    full = shapes_of(Checkpoint.open(family_checkpoint("qwen3_moe")), "bfloat16", 1)
+    assert full == [Shape(8, hidden, 32, 2, "bfloat16")]
+
+
+@pytest.mark.parametrize(
+    ("family", "flags", "sentence"),
+    [
+        ("qwen3_moe", ["--tp", "3"], "--tp: 3 ranks do not share 32 intermediate channels"),
+        ("qwen3_moe", ["--tokens", "8", "0"], "--tokens: 0 is not positive"),
+        ("gpt_oss", [], "its experts are not plain SiLU·mul"),
+        ("qwen3_moe", [], "kernels are measured on a CUDA GPU, and there is none here"),
+    ],
+)
+def test_refusals(
+    family: str, flags: list[str], sentence: str, family_checkpoint: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    folder = family_checkpoint(family)
+    assert cli.main(["tune-kernels", str(folder), *flags]) in (1, 2)
+    said = capsys.readouterr().err
+    assert sentence in said and "Traceback" not in said and not (folder / "kernels").exists()
+
+
+def test_a_folder_that_cannot_hold_tables(
+    family_checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Said before the first measurement; what is damaged is named and left as it is."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    folder = family_checkpoint("qwen3_moe")
+    (tmp_path / "file").touch()
+    assert cli.main(["tune-kernels", str(folder), "-o", str(tmp_path / "file" / "tables")]) == 2
+    assert "cannot be written (Not a directory); name another folder with -o" in capsys.readouterr().err
+    (shape,) = shapes_of(Checkpoint.open(folder), "float32", 1)
+    damaged = tmp_path / "tables" / shape.file_name("cpu, interpreted")
+    damaged.parent.mkdir()
+    damaged.write_text("{")
+    assert cli.main(["tune-kernels", str(folder), "-o", str(damaged.parent), "--dtype", "float32"]) == 1
+    said = capsys.readouterr().err
+    assert f"{damaged}: not a table of kernel configurations" in said and "remove that file" in said
+    assert damaged.read_text() == "{" and list(damaged.parent.iterdir()) == [damaged]
