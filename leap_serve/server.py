@@ -39,6 +39,9 @@ from leap_serve.specialists import Base, Specialist
 OURS = ("--model", "--host", "--port", "--uds", "--headless", "--grpc", "--api-server-count", "-asc")
 """vLLM flags that contradict ``leap serve``: it names the model, binds the port and runs one API process."""
 
+WORKER = "leap_vllm.worker.LeapWorker"
+"""What answers for the model in vLLM's workers: specialists go through it, and GET /leap asks it for the kernels."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
@@ -197,7 +200,7 @@ def serve(
         before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             api = vllm_server()
-            args = parse_flags(api, folder, _flags(port, options, shared), options.rest)
+            args = parse_flags(api, folder, _flags(port, options), options.rest)
             keys = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
             if shared is not None:
                 _check_shared(api, args, keys, shared)
@@ -213,11 +216,11 @@ def serve(
     return {"url": url, "model": options.name}
 
 
-def _flags(port: int, options: ServeOptions, shared: SharedModel | None) -> list[str]:
+def _flags(port: int, options: ServeOptions) -> list[str]:
     flags = [f"--host={options.host}", f"--port={port}", f"--served-model-name={options.name}"]
     flags += [f"--api-key={options.api_key}"] if options.api_key else []
     flags += [f"--dtype={options.dtype}"] if options.dtype else []
-    return flags + (["--worker-extension-cls=leap_vllm.worker.LeapWorker"] if shared is not None else [])
+    return [*flags, f"--worker-extension-cls={WORKER}"]
 
 
 def _check_shared(api: Namespace, args: Namespace, keys: Sequence[str], shared: SharedModel) -> None:
@@ -255,6 +258,7 @@ async def _run(
                 args.model, f"vLLM did not start: {type(error).__name__}: {one_line(error)}",
                 "the cause is in vLLM's log above; flags for vLLM follow a lone `--`",
             ) from None  # fmt: skip
+        description = {**description, "kernels": await _kernels(engine, args)}
         tasks = await engine.get_supported_tasks()
         app = api.build_app(args, tasks, engine.model_config)
         if shared is None:
@@ -271,6 +275,14 @@ async def _run(
     await stopping
     if died:
         raise LeapError(args.model, "the engine died while serving", "the cause is in vLLM's log above")
+
+
+async def _kernels(engine: Any, args: Namespace) -> list[dict[str, Any]] | None:
+    """Which kernel each MoE layer runs, and why; None where the user's own worker extension took our place."""
+    if args.worker_extension_cls != WORKER:
+        return None
+    found: list[dict[str, Any]] = (await engine.collective_rpc("leap_kernels"))[0]
+    return found
 
 
 async def _share(
