@@ -47,7 +47,9 @@ def make_run(out: Path) -> Plan:
     cut(resolve_model("leap-tiny"), ranked, out / "ranked")
     sliced = replace(simulate(4, 16, 4, 50, dead=0), base=Checkpoint.open(out / "ranked").identity())
     sliced.save(out / "profile-after")
-    curve = [{"round": n, "labels": 100 * n, "validation_loss": 0.5 / n, "validation_exact": 0.5} for n in (1, 2)]
+    curve = [
+        {"round": n, "labels": 100 * n, "validation_loss": 0.5 / n, "validation_exact": 0.25 + 0.25 * n} for n in (1, 2)
+    ]
     router = {"kept": False, "items": 64, "tuned_loss": 0.3, "sliced_loss": 0.2, "gain": -0.1, "p_value": 0.9}
     tune = {
         "config": asdict(TuneConfig()), "labels": 200, "validation_loss_before": 1.2, "curve": curve, "router": router,

@@ -69,14 +69,18 @@ def scatter(dots: Sequence[Dot], x_title: str, y_title: str, *, shares: bool = T
     return _svg(parts, f"{y_title} against {x_title}: " + "; ".join(dot.title for dot in dots))
 
 
-def lines(series: Sequence[Line], x_title: str, y_title: str, *, log_x: bool = False) -> Markup:
-    """Lines over a common axis, each named at its right end; the agent's is drawn last, on top."""
+def lines(series: Sequence[Line], x_title: str, y_title: str, *, log_x: bool = False, shares: bool = False) -> Markup:
+    """Lines over a common axis, each named at its right end; the agent's is drawn last, on top.
+
+    ``shares``: y is in [0, 1], drawn from 0 to 100 %.
+    """
     margin = 16 + min(118.0, max(len(line.name) for line in series) * LETTER)
     xs = [at for line in series for at, _ in line.points]
     right = WIDTH - margin
-    x = Scale(1.0, max(2.0, *xs), LEFT, right, log=True) if log_x else Scale.of(xs, LEFT, right)
-    y = Scale.of([value for line in series for _, value in line.points], HEIGHT - BOTTOM, TOP)
-    parts = [_frame(x, y, x_title, y_title)]
+    x = Scale(1.0, max(2.0, *xs), LEFT, right, log=True) if log_x else Scale(0.0, max(xs), LEFT, right)
+    values = [value for line in series for _, value in line.points]
+    y = Scale(0.0, 1.0, HEIGHT - BOTTOM, TOP) if shares else Scale.of(values, HEIGHT - BOTTOM, TOP)
+    parts = [_frame(x, y, x_title, y_title, percents=shares)]
     ends = spread_apart([y(line.points[-1][1]) for line in series], 13, TOP, HEIGHT - BOTTOM)
     for line, at in sorted(zip(series, ends, strict=True), key=lambda pair: pair[0].style == 0):
         parts += _line(line, x, y, at, right)

@@ -14,7 +14,7 @@ from leap_serve.flops import flops_per_token
 from leap_serve.plan import Plan
 from leap_serve.profile import Profile
 from leap_serve.report import read
-from leap_serve.report.maps import Maps
+from leap_serve.report.maps import Cut, Maps
 from leap_serve.report.model import Interval, Learning, Model, Origin, Report
 
 LARGEST_BYTES = 64 << 20
@@ -23,6 +23,8 @@ DEEPEST = 6
 BUNDLED = "leap-tiny"
 GENERIC = ("checkpoint", "cut", "ckpt")
 """Folder names that say nothing: the run's own name stands for them."""
+TUNED = ("tuned", "plain")
+"""Folders of a run's tuned cut, as it is and exported: one model, beside the cut that it came from."""
 
 
 def collect(runs: Sequence[Path]) -> Report:
@@ -47,6 +49,7 @@ class _Collector:
         self.task = ""
         self.found = 0
         self.states: list[tuple[str, str, Path, dict[str, Any]]] = []
+        self.tunings: list[dict[str, Any]] = []
 
     def add(self, run: Path, label: str) -> None:
         """Read one folder or file."""
@@ -121,7 +124,8 @@ class _Collector:
         assert checkpoint.plan is not None
         model = self._model(self._name(path), checkpoint.plan.fingerprint)
         _measure(model, checkpoint)
-        self.maps.add_plan(checkpoint.plan, model.name, checkpoint.identity().sha256)
+        tuned = bool(checkpoint.overlays or checkpoint.exported)
+        self.maps.add_plan(checkpoint.plan, model.name, Cut(path.name, checkpoint.identity().sha256, tuned))
         self._origin({"made_by": {**checkpoint.plan.made_by, **(checkpoint.manifest or {}).get("made_by", {})}}, path)
         if (path / "tune.json").exists():
             self._read(path / "tune.json")
@@ -168,7 +172,11 @@ class _Collector:
         self._origin(value, path)
 
     def _tune(self, value: dict[str, Any], path: Path) -> None:
-        self._learning(read.tuning(value, self._name(path.parent)))
+        if value in self.tunings:
+            return  # an export carries its origin's
+        self.tunings.append(value)
+        plan = self.maps.plan(str(value.get("fingerprint")))
+        self._learning(read.tuning(value, self._name(path.parent), plan))
         self._setting(value)
         self._origin(value, path)
 
@@ -177,7 +185,8 @@ class _Collector:
 
     def _gate(self, value: dict[str, Any], path: Path) -> None:
         name = self._given(str(value["model"]))[0] if "model" in value else self.label
-        self.report.gates.append(read.gate(value, name))
+        found = read.gate(value, name)
+        self.report.gates += [found] if found not in self.report.gates else []  # leap run records it, too
         self._setting(value)
         self._origin(value, path)
 
@@ -221,7 +230,7 @@ class _Collector:
     def _row(self, row: dict[str, Any], path: Path) -> None:
         """A row of bench/results, or of leap bench."""
         try:
-            if row.get("bench") == "search-methods" and not row.get("warm"):
+            if row.get("bench") == "search-methods":
                 self._learning(read.search_row(row))
             elif row.get("bench") == "tune" and row.get("curve"):
                 self._learning(read.tuning_row(row))
@@ -265,10 +274,10 @@ class _Collector:
         except ValueError:
             parts = (path.name,)
         parts = tuple(part for part in (*parts[:-1], Path(parts[-1]).stem if parts else "") if part)
-        if not parts or parts[-1] in (*GENERIC, "plan"):
-            parts = parts[:-1] or (self.label,)
-            return "/".join(parts) if parts == (self.label,) else self._prefixed("/".join(parts))
-        return self._prefixed("/".join(parts))
+        if parts and parts[-1] not in (*GENERIC, *TUNED, "plan"):
+            return self._prefixed("/".join(parts))
+        own = self._prefixed("/".join(parts[:-1])) if parts[:-1] else self.label
+        return f"{own}, tuned" if parts and parts[-1] in TUNED else own
 
     def _prefixed(self, name: str) -> str:
         return f"{self.label}/{name}" if self.several else name
@@ -276,8 +285,8 @@ class _Collector:
     def _learning(self, learning: Learning) -> None:
         own = self.report.learning.setdefault(f"{learning.agent} {learning.title}", learning)
         if own is not learning:
-            known = {(curve.name, curve.seed, curve.points) for curve in own.curves}
-            own.curves += [curve for curve in learning.curves if (curve.name, curve.seed, curve.points) not in known]
+            own.curves += [curve for curve in learning.curves if curve not in own.curves]
+            own.exact += [curve for curve in learning.exact if curve not in own.exact]
             own.notes += [note for note in learning.notes if note not in own.notes]
 
     def _setting(self, value: Mapping[str, Any]) -> None:
@@ -288,7 +297,7 @@ class _Collector:
     def _origin(self, value: Mapping[str, Any], path: Path) -> None:
         """Remember a command; the same one is listed once."""
         made = value.get("made_by") or {}
-        words = [str(word) for word in made.get("argv") or ()]
+        words = [str(word) for word in made.get("argv") or () if word != "--json"]
         if words and words[0].endswith(".py") and not words[0].startswith("_"):
             words[:1] = ["python", f"bench/{words[0]}"]
         command = shlex.join(words)

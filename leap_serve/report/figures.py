@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -17,6 +17,7 @@ MARKS = (1, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000)
 """Numbers of evaluations at which the tables of searches have a column."""
 STYLES = {"leap": 0, "full": 8}
 """Lines of these kinds of models look the same in every chart (s0 and s8 of style.css)."""
+EXACT = "exact answers, teacher-forced, %"
 COLOURS = 7
 """Lines of one chart that have a colour of their own, the agent's included."""
 
@@ -144,7 +145,7 @@ def gates(report: Report) -> list[Figure]:
                   for one in gate.bounds),
         )  # fmt: skip
         verdict = "passes the gate" if gate.passed else "is stopped at the gate"
-        chart = charts.ranges(rows, "share of what is allowed; 1 is the bound", shares=False, limit=1.0)
+        chart = charts.ranges(rows, "share of what is allowed", shares=False, limit=1.0)
         quoted = [f"{check}, {why}: «{text}»" for check, why, text in gate.examples]
         caption = f"Degenerate answers: {'; '.join(quoted)}." if quoted else ""
         figures.append(Figure(f"{gate.model} {verdict}", chart, table, caption))
@@ -176,47 +177,63 @@ def latencies(report: Report) -> list[Figure]:
 
 
 def learning(report: Report, agent: str) -> list[Figure]:
-    """The agent's curves with those of its controls beside them, a chart per task and budget."""
-    figures = []
-    for one in report.learning.values():
-        if one.agent != agent:
-            continue
-        searching = agent == "pruning"
-        last = max(at for curve in one.curves for at, _ in curve.points)
-        lines = _lines(one, last)
-        x_title = "plans evaluated (logarithmic)" if searching else "labelled items"
-        y_title = "loss of the best plan so far, nats" if searching else "validation loss, nats"
-        chart = charts.lines(lines, x_title, y_title, log_x=searching)
-        figures.append(Figure(one.title, chart, _numbers(one, searching), " ".join(one.notes)))
-    return figures
+    """The agent's curves with those of its controls beside them, a figure per task and budget."""
+    drawn = {"pruning": _searching, "routing": _tuning}[agent]
+    return [
+        Figure(one.title, *drawn(one), " ".join(one.notes)) for one in report.learning.values() if one.agent == agent
+    ]
 
 
-def _lines(one: Learning, last: float) -> list[charts.Line]:
-    """Medians over the seeds with the range around them; of one-shot methods only the best, as a level."""
+def _searching(one: Learning) -> tuple[Markup, Table]:
+    """Best losses so far; of one-shot methods only the best, as a level."""
+    shots = {curve.name: curve.points[0][1] for curve in one.curves if len(curve.points) == 1}
+    series = _lines([curve for curve in one.curves if curve.name not in shots], figure, stepped=True)
+    last = max(at for curve in one.curves for at, _ in curve.points)
+    if shots:
+        best = min(shots, key=lambda name: shots[name])
+        title = f"{best}, the best of {len(shots)} one-shot methods: {figure(shots[best])} nats"
+        ends_at = max(last, 2.0)
+        series.append(charts.Line(f"{best} (one-shot)", [(1.0, shots[best]), (ends_at, shots[best])], COLOURS, title))
+    columns = [*(float(mark) for mark in MARKS if mark < last), last]
+    table = Table(
+        "", ("method", "seeds", *(f"{figure(c, 9)} evaluations" for c in columns)),
+        tuple(_numbers(one.curves, columns, figure, stepped=True)),
+    )  # fmt: skip
+    chart = charts.lines(series, "plans evaluated (logarithmic)", "loss of the best plan so far, nats", log_x=True)
+    return chart, table
+
+
+def _tuning(one: Learning) -> tuple[Markup, Table]:
+    """Validation loss, and below it the exact answers, where they are on record."""
+    columns = sorted({at for curve in one.curves for at, _ in curve.points})
+    chart = charts.lines(_lines(one.curves, figure), "labelled items", "validation loss, nats")
+    rows = [(name, "loss, nats", *rest) for name, *rest in _numbers(one.curves, columns, figure)]
+    if one.exact:
+        chart += charts.lines(_lines(one.exact, percent), "labelled items", EXACT, shares=True)
+        rows += [(name, "exact", *rest) for name, *rest in _numbers(one.exact, columns, percent)]
+    header = ("method", "what", "seeds", *(f"{figure(c, 9)} labels" for c in columns))
+    return chart, Table("", header, tuple(rows))
+
+
+def _lines(curves: Sequence[Curve], write: Callable[[float], str], *, stepped: bool = False) -> list[charts.Line]:
+    """Medians over the seeds with the range around them."""
     groups: dict[str, list[Curve]] = {}
-    for curve in one.curves:
+    for curve in curves:
         groups.setdefault(curve.name, []).append(curve)
-    shots = {name: own[0].points[0][1] for name, own in groups.items() if len(own[0].points) == 1}
     lines: list[charts.Line] = []
     number = 0
-    for name in sorted(groups.keys() - shots.keys(), key=lambda name: (name != "agent", name)):
+    for name in sorted(groups, key=lambda name: (name != "agent", name)):
         own = groups[name]
         places = sorted({at for curve in own for at, _ in curve.points})
         begin = max(curve.points[0][0] for curve in own)
-        stepped = one.agent == "pruning"
         at_each = [(at, [_value(curve, at, stepped) for curve in own]) for at in places if at >= begin]
         middle = [(at, statistics.median(values)) for at, values in at_each]
         band = [(at, min(values), max(values)) for at, values in at_each] if len(own) > 1 else []
         style = 0 if name == "agent" else (number := number + 1)
         seeds = f", median of {len(own)} seeds" if len(own) > 1 else ""
-        title = f"{name}: {figure(middle[-1][1])} nats at the end{seeds}"
+        title = f"{name}: {write(middle[-1][1])} at the end{seeds}"
         lines.append(charts.Line(name, _stairs(middle) if stepped else middle, min(style, COLOURS - 1), title,
                                  _stair_band(band) if stepped else band))  # fmt: skip
-    if shots:
-        best = min(shots, key=lambda name: shots[name])
-        title = f"{best}, the best of {len(shots)} one-shot methods: {figure(shots[best])} nats"
-        ends_at = max(last, 2.0)
-        lines.append(charts.Line(f"{best} (one-shot)", [(1.0, shots[best]), (ends_at, shots[best])], COLOURS, title))
     return lines
 
 
@@ -243,32 +260,27 @@ def _stair_band(band: Sequence[tuple[float, float, float]]) -> list[tuple[float,
     return [(at, least, most) for (at, least), (_, most) in zip(low, high, strict=True)]
 
 
-def _numbers(one: Learning, searching: bool) -> Table:
-    """Losses by evaluations or labels; several seeds as median and range."""
-    last = max(at for curve in one.curves for at, _ in curve.points)
-    columns = sorted({at for curve in one.curves for at, _ in curve.points}) if not searching else [
-        *(float(mark) for mark in MARKS if mark < last), last
-    ]  # fmt: skip
-    rows = []
-    for name in dict.fromkeys(curve.name for curve in one.curves):
-        own = [curve for curve in one.curves if curve.name == name]
-        shot = searching and len(own[0].points) == 1
+def _numbers(
+    curves: Sequence[Curve], columns: Sequence[float], write: Callable[[float], str], *, stepped: bool = False
+) -> Iterator[tuple[str, ...]]:
+    """Of each method its name, its seeds, and its values at the columns; several seeds as median and range."""
+    for name in dict.fromkeys(curve.name for curve in curves):
+        own = [curve for curve in curves if curve.name == name]
         cells = []
         for column in columns:
-            values = [_value(c, column, searching) for c in own if c.points[0][0] <= column <= c.points[-1][0]]
-            if shot and column == columns[0]:
+            values = [_value(c, column, stepped) for c in own if c.points[0][0] <= column <= c.points[-1][0]]
+            # One plan without any evaluation: it is there from the beginning.
+            if stepped and len(own[0].points) == 1 and column == columns[0]:
                 values = [own[0].points[0][1]]
-            cells.append(_median(values))
-        rows.append((name, str(len(own)), *cells))
-    unit = "evaluations" if searching else "labels"
-    return Table("", ("method", "seeds", *(f"{figure(c, 9)} {unit}" for c in columns)), tuple(rows))
+            cells.append(_median(values, write))
+        yield (name, str(len(own)), *cells)
 
 
-def _median(values: Sequence[float]) -> str:
+def _median(values: Sequence[float], write: Callable[[float], str]) -> str:
     if not values:
         return "–"
-    middle = figure(statistics.median(values))
-    return f"{middle} [{figure(min(values))} – {figure(max(values))}]" if len(values) > 1 else middle
+    middle = write(statistics.median(values))
+    return f"{middle} [{write(min(values))} – {write(max(values))}]" if len(values) > 1 else middle
 
 
 def _dominates(one: tuple[float, float], other: tuple[float, float]) -> bool:

@@ -90,14 +90,16 @@ class Learning:
 
     Args:
         agent: "pruning" (x plans evaluated, y best loss so far) or "routing" (x labels, y validation loss).
-        title: the task and the budget, or the tuned checkpoint.
+        title: the task and the budget, or the tuned plan.
         curves: of the agent and of its controls.
+        exact: of the same runs the share of validation answers that are exact, teacher-forced; none of searches.
         notes: sentences below, e.g. whether the tuned router was kept.
     """
 
     agent: Literal["pruning", "routing"]
     title: str
     curves: list[Curve] = field(default_factory=list)
+    exact: list[Curve] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -121,13 +123,14 @@ class LayerMap:
 
 @dataclass(frozen=True, slots=True)
 class ExpertMap:
-    """A plan, layer by layer; ``saliency`` says what its colours are, ``kind`` whose plan it is."""
+    """A plan, layer by layer; ``kind`` says whose it is, ``saliency`` what its colours are, ``loaded`` whose loads."""
 
     name: str
     kind: Methods
     num_experts: int
     layers: tuple[LayerMap, ...]
     saliency: str
+    loaded: str = ""
 
     @property
     def uniform(self) -> bool:

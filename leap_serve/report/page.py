@@ -83,7 +83,7 @@ def sections(report: Report) -> list[Section]:
         ),
         Section(
             "gate", "Off its domain",
-            "What the cut costs on data that it was not made for, as a share of what the gate allows.",
+            "What the cut costs on data that it was not made for, as a share of what the gate allows: the dashed line.",
             gates(report), "Off-domain gate: needs leap eval --gate.",
         ),
         Section(
@@ -94,12 +94,13 @@ def sections(report: Report) -> list[Section]:
         ),
         Section(
             "search", "How the plans were found",
-            "Every evaluation scores one plan in the engine. Lines are medians over seeds, bands their range.",
+            "Every evaluation scores one plan in the engine. Lines are medians over seeds, bands their range. «from tasks», "
+            "«from budget», «warm»: the agent began with the policy of other tasks, of another budget, of an earlier search.",
             learning(report, "pruning"), "Learning curves of the pruning agent: needs leap search with an engine.",
         ),
         Section(
             "tuning", "How the cut was repaired",
-            "Loss on items held out for early stopping, against the labels used; at 0 the cut as it was.",
+            "Loss and exact answers on items held out for early stopping, against the labels used; at 0 the cut as it was.",
             learning(report, "routing"), "Learning curves of the routing agent: needs leap tune.",
         ),
         Section(

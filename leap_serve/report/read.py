@@ -15,6 +15,8 @@ from leap_serve.statistics import wilson
 
 METRICS = {"toy-gsm": "exact match", "toy-code": "pass@1", "toy-xsum": "ROUGE-L"}
 """Of the tasks that files name without their metric."""
+ROW_NAMES = {"leap": "agent", "full": "full fine-tuning", "vanilla": "vanilla, frequency"}
+"""What lines of bench_tune.py are called where the method's own name does not say it."""
 BINARY = ("exact match", "pass@1", "accuracy")
 """Metrics that are 0 or 1 for each item, so that their number alone gives an interval."""
 
@@ -120,6 +122,12 @@ def search_title(task: str, retained: int, layers: int, experts: int, allocation
     return f"{task}: {retained} of {experts * layers} experts, any number in a layer"
 
 
+def plan_title(task: str, plan: Plan) -> str:
+    """The same of a plan: what it was searched for."""
+    allocation = "uniform" if len(set(plan.counts)) == 1 else "global"
+    return search_title(task, sum(plan.counts), len(plan.counts), plan.num_experts, allocation)
+
+
 def search_curve(plan: Plan) -> Learning | None:
     """How the search for a plan went, if it is on record: [evaluation, reward, loss] of every better plan."""
     made = plan.made_by
@@ -127,12 +135,9 @@ def search_curve(plan: Plan) -> Learning | None:
         return None
     points = [(needed(at), needed(loss)) for at, _, loss in made["improvements"]]
     points.append((float(made.get("evaluations", points[-1][0])), points[-1][1]))
-    allocation = "uniform" if len(set(plan.counts)) == 1 else "global"
-    title = search_title(
-        str(made.get("task", "")), sum(plan.counts), len(plan.counts), plan.num_experts, allocation
-    )  # fmt: skip
-    curve = Curve(method_name(str(made.get("method"))), int(made.get("seed", 0)), tuple(points))
-    return Learning("pruning", title, [curve])
+    title = plan_title(str(made.get("task", "")), plan)
+    name = method_name(str(made.get("method"))) + (", warm" if made.get("warm_start") else "")
+    return Learning("pruning", title, [Curve(name, int(made.get("seed", 0)), tuple(points))])
 
 
 def search_row(row: Mapping[str, Any]) -> Learning:
@@ -145,7 +150,8 @@ def search_row(row: Mapping[str, Any]) -> Learning:
     title = search_title(
         str(row["task"]), sum(map(len, retained)), len(retained), experts, str(row["allocation"])
     )  # fmt: skip
-    return Learning("pruning", title, [Curve(method_name(str(row["method"])), int(row["seed"]), tuple(points))])
+    name = method_name(str(row["method"])) + (f" from {row['warm']}" if row.get("warm") else "")
+    return Learning("pruning", title, [Curve(name, int(row["seed"]), tuple(points))])
 
 
 def search_state(folder: Path, header: Mapping[str, Any], label: str, done: list[Plan]) -> Learning | None:
@@ -176,11 +182,11 @@ def search_state(folder: Path, header: Mapping[str, Any], label: str, done: list
     title = search_title(label, budget, plans.shape[1], plans.shape[2], "uniform" if header["uniform"] else "global")
     wanted = int(header["settings"]["episodes"])
     notes = [f"The agent has evaluated {len(legal)} of {wanted} plans so far."] if len(legal) < wanted else []
-    return Learning("pruning", title, [Curve("agent", int(header["settings"]["seed"]), tuple(points))], notes)
+    return Learning("pruning", title, [Curve("agent", int(header["settings"]["seed"]), tuple(points))], notes=notes)
 
 
-def tuning(value: Mapping[str, Any], name: str) -> Learning:
-    """A tuning run: validation loss by labels, from before the first step on."""
+def tuning(value: Mapping[str, Any], name: str, plan: Plan | None) -> Learning:
+    """A tuning run: validation loss by labels, from before the first step on, and exact answers from the first round."""
     config, made = value["config"], value.get("made_by") or {}
     points = [(0.0, needed(value["validation_loss_before"]))]
     points += [(needed(row["labels"]), needed(row["validation_loss"])) for row in value["curve"]]
@@ -191,17 +197,30 @@ def tuning(value: Mapping[str, Any], name: str) -> Learning:
             f"{name}: on {router['items']} other items the loss is {router['sliced_loss']:.4f} with the sliced router and "
             f"{router['tuned_loss']:.4f} with the tuned one (p = {router['p_value']:.4f}): {verdict}."
         )
-    title = f"{made.get('task') or made.get('data') or 'tuning'}: plan {str(value.get('fingerprint') or 'unknown')[:8]}"
-    curve = Curve(tuning_name(config, made), int(config.get("seed", 0)), tuple(points))
-    return Learning("routing", title, [curve], notes)
+    task, fingerprint = (
+        str(made.get("task") or made.get("data") or "tuning"),
+        str(value.get("fingerprint") or "unknown"),
+    )
+    title = f"{plan_title(task, plan) if plan else task} (plan {fingerprint[:8]})"
+    line = tuning_name(config, made), int(config.get("seed", 0))
+    return Learning("routing", title, [Curve(*line, tuple(points))], exact_curves(*line, value["curve"]), notes)
+
+
+def exact_curves(name: str, seed: int, rounds: list[Mapping[str, Any]]) -> list[Curve]:
+    """The share of exact answers by labels as a curve, where every round tells it."""
+    points = tuple(
+        (needed(one["labels"]), needed(one["validation_exact"])) for one in rounds if "validation_exact" in one
+    )
+    return [Curve(name, seed, points)] if points and len(points) == len(rounds) else []
 
 
 def tuning_row(row: Mapping[str, Any]) -> Learning:
     """The same of a row of bench/bench_tune.py that tells its curve."""
     points = [(needed(one["labels"]), needed(one["validation_loss"])) for one in row["curve"]]
-    name = "agent" if row["method"] == "leap" else str(row["method"]).replace("-", " ")
+    name = ROW_NAMES.get(str(row["method"]), str(row["method"]).replace("-", " "))
     title = f"{row['task']}: {row['experts']} experts in each layer, {int(row['labels']):,} labels"
-    return Learning("routing", title, [Curve(name, int(row["seed"]), tuple(points))])
+    line = name, int(row["seed"])
+    return Learning("routing", title, [Curve(*line, tuple(points))], exact_curves(*line, row["curve"]))
 
 
 def tuning_name(config: Mapping[str, Any], made: Mapping[str, Any]) -> str:

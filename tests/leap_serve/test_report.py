@@ -9,10 +9,15 @@ import json
 import math
 import re
 import shlex
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from leap_serve.adapter import RouterHead, write_overlays
+from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli import main
 from leap_serve.errors import CheckpointError, LeapError
 from leap_serve.files import write_json
@@ -67,14 +72,18 @@ def test_the_tables_say_what_was_measured(page: Page) -> None:
     assert next(row for row in scored if row[0] == "leap-16")[1:3] == ["63.0 %", "53.2 % – 71.8 %"]
 
 
-def test_learning_curves(page: Page) -> None:
+def test_learning_curves(run: tuple[Path, Plan], page: Page) -> None:
     text = " ".join(page.text)
     assert "toy-gsm: 62 of 256 experts, any number in a layer" in text
     (curve,) = page.table_with("method", "60 evaluations")
     assert curve[0][2:] == [f"{n} evaluations" for n in (1, 10, 25, 50, 60)]
     assert curve[1] == ["agent", "1", "4", "1.5", "1.5", "0.5", "0.5"]
     (tuned,) = page.table_with("method", "200 labels")
-    assert tuned[1] == ["agent", "1", "1.2", "0.5", "0.25"]
+    assert tuned[0][1:3] == ["what", "seeds"]
+    assert tuned[1] == ["agent", "loss, nats", "1", "1.2", "0.5", "0.25"]
+    assert tuned[2] == ["agent", "exact", "1", "–", "50.0 %", "75.0 %"]
+    assert text.count("exact answers, teacher-forced, %") == 1
+    assert f"toy-gsm: 62 of 256 experts, any number in a layer (plan {run[1].fingerprint[:8]})" in text
     assert "so the sliced router stays" in text
 
 
@@ -98,6 +107,30 @@ def test_loads_after_the_cut_are_of_the_original_experts(run: tuple[Path, Plan])
     for layer in ranked.layers:
         counts = after.layers[layer.index].n
         assert layer.load == pytest.approx(dict(zip(layer.retained, counts / counts.sum(), strict=True)))
+    assert ranked.loaded == "after the cut"
+
+
+def test_loads_after_tuning_go_before_those_after_the_cut(run: tuple[Path, Plan], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(run[0] / "ranked", out / "checkpoint")
+    shutil.copytree(run[0] / "ranked", out / "tuned")
+    head = RouterHead(torch.ones(16, Checkpoint.open(out / "tuned").config["hidden_size"]))
+    write_overlays(out / "tuned", router_head={0: head}, adapter=None, made_by={})
+    before = Profile.load(run[0] / "profile-after")
+    before.save(out / "before")
+    after = {index: replace(layer, n=layer.n[::-1].copy()) for index, layer in before.layers.items()}
+    replace(
+        before,
+        layers=after,
+        made_by={"model": str(out / "tuned"), "argv": ["leap", "profile", "tuned", "--json"]},
+    ).save(out / "after")
+    report = collect([out])
+    assert list(report.models) == ["run", "run, tuned"]
+    assert "leap profile tuned" in [one.command for one in report.origins], "not as a program would ask for it"
+    (found,) = report.maps
+    assert found.loaded == "after tuning"
+    counts = before.layers[0].n[::-1]
+    assert list(found.layers[0].load.values()) == pytest.approx(list(counts / counts.sum()))
 
 
 def test_the_gate_and_the_provenance(run: tuple[Path, Plan], page: Page) -> None:
@@ -106,7 +139,7 @@ def test_the_gate_and_the_provenance(run: tuple[Path, Plan], page: Page) -> None
     text = " ".join(page.text)
     assert "my-run is stopped at the gate" in text
     assert "leap demo --out runs/demo --force" in text
-    assert shlex.join(run[1].made_by["argv"]) in text
+    assert shlex.join(word for word in run[1].made_by["argv"] if word != "--json") in text
 
 
 def test_the_page_asks_nobody_for_anything(page: Page) -> None:
@@ -165,6 +198,56 @@ def test_a_plan_of_the_agent_carries_its_curve(tmp_path: Path) -> None:
     assert (end, loss) == (48, plan.made_by["search_loss"])
 
 
+def test_cold_and_warm_searches_and_both_curves_of_tuning_from_rows(tmp_path: Path) -> None:
+    search = {
+        "bench": "search-methods", "task": "toy-gsm", "method": "leap", "seed": 0, "allocation": "uniform",
+        "retained": [[1, 2], [3, 4]], "evaluations": 9, "improvements": [[1, 0.2, 4.0], [5, 0.5, 1.0]], "warm": "",
+    }  # fmt: skip
+    warm = {**search, "warm": "tasks", "improvements": [[1, 0.5, 1.0]]}
+    curve = [{"labels": 10, "validation_loss": 0.5, "validation_exact": 0.5}, {"labels": 20, "validation_loss": 0.4}]
+    tuned = {
+        "bench": "tune",
+        "task": "toy-gsm",
+        "method": "leap",
+        "seed": 0,
+        "experts": 2,
+        "labels": 20,
+        "curve": curve,
+    }
+    rows = [
+        search,
+        warm,
+        tuned,
+        {**tuned, "method": "full", "curve": [{**one, "validation_exact": 1.0} for one in curve]},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    searches, tuning = collect([tmp_path / "rows.jsonl"]).learning.values()
+    assert [(line.name, line.points) for line in searches.curves] == [
+        ("agent", ((1, 4.0), (5, 1.0), (9, 1.0))), ("agent from tasks", ((1, 1.0), (9, 1.0)))
+    ]  # fmt: skip
+    assert [line.name for line in tuning.curves] == ["agent", "full fine-tuning"]
+    # A run that does not tell it in every round has no curve of it.
+    assert [(line.name, line.points) for line in tuning.exact] == [("full fine-tuning", ((10, 1.0), (20, 1.0)))]
+
+
+def test_a_gate_that_a_run_recorded_is_shown_once(tmp_path: Path) -> None:
+    gate = gate_json()
+    write_json(tmp_path / "gate.json", gate)
+    stages = {"gate": {"argv": ["eval", "checkpoint", "--gate", "g.yaml"], "result": gate}}
+    write_json(tmp_path / "run.json", {"recipe": "r.yaml", "stages": stages, "made_by": {}})
+    report = collect([tmp_path])
+    assert len(report.gates) == 1
+    assert [one.command for one in report.origins] == ["leap run r.yaml", "leap eval checkpoint --gate g.yaml"]
+
+
+def test_an_export_s_tuning_is_its_origin_s(run: tuple[Path, Plan], tmp_path: Path) -> None:
+    for name in ("tuned", "plain"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        shutil.copy(run[0] / "checkpoint" / "tune.json", tmp_path / "run" / name)
+    (learning,) = collect([tmp_path / "run"]).learning.values()
+    assert len(learning.curves) == len(learning.exact) == len(learning.notes) == 1
+
+
 def test_the_front_holds_what_nothing_beats(tmp_path: Path) -> None:
     write_json(tmp_path / "demo.json", demo_row())
     figures = trade_offs(collect([tmp_path]))
@@ -197,6 +280,12 @@ def test_eval_results_pair_with_the_full_model(tmp_path: Path) -> None:
     assert gsm[1] == ["mine", "50.0 %", "40.0 % – 60.0 %", "-40.0 points [-50.0 points – -30.0 points]", "0.3", "40"]
     assert gsm[2][0] == "leap-tiny (full)"
     assert perplexity[1][1:3] == ["12.5", "11 – 14"]
+    said = " ".join(page.text)
+    assert (
+        "Not here" in said
+        and "Off-domain gate: needs leap eval --gate." in said
+        and "Scores by task: needs" not in said
+    )
 
 
 def test_what_cannot_be_shown_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
