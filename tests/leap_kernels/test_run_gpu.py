@@ -39,7 +39,7 @@ def test_a_second_call_goes_on(gpu: ModuleType, tmp_path: Path, capsys: pytest.C
         gpu.Stage("long", (sys.executable, "-c", note % "long"), 10**6),
     ]
     assert gpu.run(plan[:1], tmp_path, 9, retry=False) and marks.read_text().split() == ["first"]
-    assert not gpu.run(plan[:2], tmp_path, 5 / 60, retry=False), "the second one would wait for ten minutes"
+    assert not gpu.run(plan[:2], tmp_path, 2 / 60, retry=False), "the second one would wait for ten minutes"
     assert not orphans(str(marks)), "what a stage started ends with it"
     gate.touch()
     marks.unlink()
