@@ -135,6 +135,8 @@ class Search:
                 view.show(ledger.evaluations, reward, loss, metrics if isinstance(metrics, dict) else None)
 
             if args.method == "leap":
+                # The folder says which search it was; the whole path is on the command line, or is temporary.
+                record |= {"warm_start": warm.resolve().parent.name} if warm else {}
                 plan = search(
                     self.profile, prior, ledger, self.config, state=folder, data_sha256=items_sha256(self.items),
                     warm=warm, save_policy=folder / "policy.safetensors", report=show, **record,

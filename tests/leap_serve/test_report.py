@@ -196,6 +196,9 @@ def test_a_plan_of_the_agent_carries_its_curve(tmp_path: Path) -> None:
     *steps, (end, loss) = learning.curves[0].points
     assert steps == [(at, found) for at, _, found in book.improvements()]
     assert (end, loss) == (48, plan.made_by["search_loss"])
+    replace(plan, made_by={**plan.made_by, "warm_start": "16"}).save(tmp_path / "warm" / "plan.json")
+    (learning,) = collect([tmp_path / "warm" / "plan.json"]).learning.values()
+    assert [curve.name for curve in learning.curves] == ["agent, warm"]
 
 
 def test_cold_and_warm_searches_and_both_curves_of_tuning_from_rows(tmp_path: Path) -> None:
