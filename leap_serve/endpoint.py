@@ -83,14 +83,20 @@ class Endpoint:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Who answers: address, model name, and of ``leap serve`` the cut's fingerprint and what was tuned."""
+        """Who answers: address, model name, and of ``leap serve`` fingerprint and tuning of the cut or specialist."""
         told: dict[str, Any] = {"url": self.url, "model": self.model, "chat": self.chat}
-        try:
-            found = self._client.get("/leap").json()
-            told["leap"] = [found[field] for field in ("fingerprint", "tuned", "provenance", "served_by")]
-        except (httpx.HTTPError, ValueError, KeyError, TypeError):
-            pass
+        if found := self._leap():
+            fields = ("fingerprint", "tuned", "provenance", "served_by", "end_of_text")
+            told["leap"] = [found.get(field) for field in fields]
+            # Another plan may take a specialist's name while the server runs.
+            told["specialist"] = [one for one in found.get("specialists", ()) if one["name"] == self.model]
         return told
+
+    @cached_property
+    def end_of_text(self) -> list[int] | None:
+        """The token that ends a text, or none of them, as ``leap serve`` tells it; None where the server does not."""
+        found = self._leap().get("end_of_text")
+        return found if isinstance(found, list) and all(isinstance(token, int) for token in found) else None
 
     def tokenize(self, texts: Sequence[str], *, prefix: bool = False) -> list[list[int]]:
         """Encode texts by the server's /tokenize. Raises NoLogprobsError where it has none."""
@@ -135,11 +141,12 @@ class Endpoint:
         progress: Progress | None = None,
         each: Callable[[int, Score], None] | None = None,
     ) -> list[Score]:
-        """Score each item's answer after its prompt, without an end-of-text token. Raises NoLogprobsError."""
+        """Score each item's answer after its prompt, with its end where ``end_of_text`` is known. Raises NoLogprobsError."""
         self._check_logprobs()
+        end = self.end_of_text or []
         prompts = self.tokenize([item.prompt for item in items], prefix=True)
         answers = self.tokenize([item.answer for item in items])
-        pairs = [Encoded(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        pairs = [Encoded(prompt, answer + end) for prompt, answer in zip(prompts, answers, strict=True)]
         return self.score_ids(pairs, progress, each)
 
     def score_ids(
@@ -163,6 +170,14 @@ class Endpoint:
             listed = ", ".join(names[:8]) or "none"
             raise UsageError(self.url, f"lists {len(names)} models ({listed})", "name one with --model")
         return names[0]
+
+    def _leap(self) -> dict[str, Any]:
+        """What ``leap serve`` says of its model; of another server nothing is known."""
+        try:
+            found = self._client.get("/leap").json()
+        except (httpx.HTTPError, ValueError):
+            return {}
+        return found if isinstance(found, dict) and "served_by" in found else {}
 
     @cached_property
     def _prefix(self) -> list[int]:

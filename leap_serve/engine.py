@@ -112,8 +112,8 @@ class Model(Protocol):
     ) -> list[Score]:
         """Score each item's answer after its prompt, teacher-forced, followed by the end-of-text token.
 
-        An endpoint leaves out the end of text, which it does not tell. Raises NoLogprobsError where it tells no
-        likelihoods either.
+        An endpoint leaves out the end of text where it does not tell its token. Raises NoLogprobsError where it tells
+        no likelihoods either.
         """
         ...
 

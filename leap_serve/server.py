@@ -28,6 +28,7 @@ from fastapi import APIRouter, Depends, HTTPException, Request
 
 from leap_serve.adapter import describe_overlays
 from leap_serve.checkpoint import Checkpoint
+from leap_serve.encoding import end_ids
 from leap_serve.errors import LeapError, UsageError
 from leap_serve.provenance import hardware, versions
 from leap_serve.server_admin import admin_router, names
@@ -260,6 +261,9 @@ async def _run(
             ) from None  # fmt: skip
         description = {**description, "kernels": await _kernels(engine, args)}
         tasks = await engine.get_supported_tasks()
+        # Clients that score texts as we do need the token that ends one; vLLM's own routes do not tell it.
+        ends = [] if args.skip_tokenizer_init else end_ids(engine.get_tokenizer())
+        description = {**description, "end_of_text": ends}
         app = api.build_app(args, tasks, engine.model_config)
         if shared is None:
             app.include_router(leap_router(description, keys))

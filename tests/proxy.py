@@ -16,7 +16,7 @@ class Proxy:
     """What passed: ``asked`` holds the path, the body and the key of every request that was forwarded.
 
     ``faults`` are spent one per request before anything is forwarded: a status, "html" (a page with status 200),
-    or "hang up". ``key`` is demanded where it is set. After ``stalls_after`` completions no further one is answered.
+    or "hang up". ``key`` is demanded where it is set. A path that is ``absent`` gives 404. After ``stalls_after`` completions no further one is answered.
     """
 
     def __init__(self, target: str) -> None:
@@ -25,6 +25,7 @@ class Proxy:
         self.asked: list[tuple[str, dict[str, Any], str]] = []
         self.tries = 0
         self.key: str | None = None
+        self.absent = ""
         self.stalls_after: int | None = None
         self.ended = threading.Event()
         self.lock = threading.Lock()
@@ -61,6 +62,8 @@ def proxy_before(target: str) -> Iterator[Proxy]:
                 self._answer(200, b"<html>welcome</html>")
             elif isinstance(fault, int):
                 self._answer(fault, b'{"error": {"message": "as the test\\nwants it"}}', [("retry-after", "0")])
+            elif self.path == proxy.absent:
+                self._answer(404, b'{"detail": "Not Found"}')
             elif proxy.key is not None and self.headers.get("authorization") != f"Bearer {proxy.key}":
                 self._answer(401, b"{}")
             else:

@@ -13,6 +13,7 @@ from typing import Any
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli.console import progress_bar, say, table
 from leap_serve.cli.evaluating import Side, Work, add_engine_arguments, sides, work_of
+from leap_serve.endpoint import is_url
 from leap_serve.errors import LeapError, UsageError
 from leap_serve.evaluate import Evaluation, compare
 from leap_serve.files import read_json, write_json
@@ -30,7 +31,8 @@ UNFINISHED = Path("runs") / "eval"
 EPILOG = """\
 Answers are kept as they come, in FILE.answers.jsonl beside --out FILE.json (without --out in runs/eval, until the
 command ends): the same command goes on where it was killed. The key for an endpoint is read from OPENAI_API_KEY.
-Loss is the mean negative log-likelihood per answer token in nats. Intervals are at 95 %: of a difference by paired
+Loss is the mean negative log-likelihood per answer token in nats, the end of text included (of a server other than
+leap serve, which does not tell its token, not: then a note says so). Intervals are at 95 %: of a difference by paired
 bootstrap over items; of a score Wilson's where items are right or wrong, by bootstrap otherwise.
 """
 
@@ -85,14 +87,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _tasks(args: argparse.Namespace) -> dict[str, Any]:
     work = work_of(args)
     found: list[dict[str, Evaluation]] = []
+    notes: list[str] = []
     with _journal(args) as journal:
         for side in sides(args, args.vs, journal):
             try:
                 found.append({one.name: _evaluated(side, one) for one in work})
             finally:
                 side.model.close()
+            if side.note and any(one.scores and not one.of_text for one in found[-1].values()):
+                notes.append(side.note)
     ours, other = found[0], found[1] if args.vs else None
-    result = {"model": args.target, "split": args.split, "engine": args.engine, "tasks": _json(ours)}
+    engine = args.engine if not is_url(args.target) else "chat endpoint" if args.chat else "endpoint"
+    result = {"model": args.target, "split": args.split, "engine": engine, "tasks": _json(ours)}
+    if notes:
+        result["notes"] = notes
     if other is not None:
         differences = {name: compare(one, other[name]) for name, one in ours.items()}
         result["vs"] = {"model": args.vs, "tasks": _json(other)}
@@ -100,6 +108,8 @@ def _tasks(args: argparse.Namespace) -> dict[str, Any]:
         _show_both(args, ours, other, differences)
     else:
         _show(f"{args.target} on {args.split}", ours)
+    for note in notes:
+        say(f"Note: {note}.")
     if args.out is not None:
         whole = {**result, "tasks": _json(ours, True)}
         if other is not None:

@@ -22,13 +22,19 @@ from leap_serve.tasks.passkey import Passkey
 from leap_serve.tasks.registry import load_task
 from leap_serve.tasks.text import WIKITEXT, Text
 
+NO_END = (
+    "the loss at {} leaves out the end of text, since the server does not say which token that is (leap serve does): "
+    "it is not comparable with one measured in this process or through leap serve"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """A model to ask, under the name that tables and progress bars give it."""
+    """A model to ask, under the name that tables and progress bars give it; ``note`` is what limits its loss."""
 
     name: str
     model: Recorded
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +92,14 @@ def _work(args: argparse.Namespace, name: str, sampling: Sampling) -> Work:
 def sides(args: argparse.Namespace, other: str | None, journal: Journal) -> list[Side]:
     """The models to ask. Those in this process are opened when they are first needed, one at a time."""
     named = [(args.target, args.model)] + ([(other, args.vs_model)] if other else [])
-    return [Side(Path(model).name, _recorded(args, model, name, journal)) for model, name in named]
+    return [_side(args, model, name, journal) for model, name in named]
 
 
-def _recorded(args: argparse.Namespace, model: str, name: str | None, journal: Journal) -> Recorded:
+def _side(args: argparse.Namespace, model: str, name: str | None, journal: Journal) -> Side:
     if is_url(model):
         endpoint = Endpoint(model, name, chat=args.chat, concurrency=args.concurrency, timeout_s=args.timeout)
-        return Recorded(lambda: endpoint, journal, endpoint.identity)
+        note = "" if endpoint.chat or endpoint.end_of_text is not None else NO_END.format(model)
+        return Side(Path(model).name, Recorded(lambda: endpoint, journal, endpoint.identity), note)
     if name is not None or args.chat:
         raise UsageError(
             "--model, --chat", f"are for an endpoint, and {model} is none", "give its URL, or leave them out"
@@ -102,7 +109,7 @@ def _recorded(args: argparse.Namespace, model: str, name: str | None, journal: J
         "files": folder_identity(folder), "engine": args.engine, "dtype": args.dtype, "versions": versions(),
         "max_model_len": args.max_model_len,
     }  # fmt: skip
-    return Recorded(lambda: _engine(args, folder), journal, identity)
+    return Side(Path(model).name, Recorded(lambda: _engine(args, folder), journal, identity))
 
 
 def _engine(args: argparse.Namespace, folder: Path) -> Model:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,11 +17,13 @@ from typing import Any
 
 import httpx
 import pytest
+from transformers import AutoTokenizer
 
+from leap_serve.checkpoint import resolve_model
 from leap_serve.cli import main
 from leap_serve.encoding import Encoded
 from leap_serve.endpoint import Endpoint
-from leap_serve.engine import NoLogprobsError
+from leap_serve.engine import NoLogprobsError, mean_loss
 from leap_serve.errors import LeapError, UsageError
 from leap_serve.evaluate import evaluate_text
 from leap_serve.launch import Server
@@ -28,6 +31,7 @@ from leap_serve.tasks.chat import INSTRUCTION
 from leap_serve.tasks.registry import load_task
 from leap_serve.tasks.text import Text
 from leap_serve.torch_engine import TorchEngine
+from processes import SERVER_ENV
 from proxy import Proxy, proxy_before
 
 pytestmark = pytest.mark.e2e
@@ -61,8 +65,11 @@ def test_an_endpoint_tells_what_the_server_knows(server: Server) -> None:
     assert (cut.text, cut.finish_reason) == (answers[0].text.split("####")[0], "stop")
     # The same question by another way: vLLM's own prompt_logprobs.
     scores = endpoint.score(ITEMS)
+    end = endpoint.end_of_text
+    assert end == AutoTokenizer.from_pretrained(resolve_model("leap-tiny"))("<|endoftext|>")["input_ids"]
     for item, score in zip(ITEMS, scores, strict=True):
         prompt, answer = endpoint.tokenize([item.prompt, item.answer])
+        answer += end
         body = {"model": "leap-tiny", "prompt": prompt + answer, "max_tokens": 1, "prompt_logprobs": 0}
         told = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["prompt_logprobs"]
         wanted = sum(told[len(prompt) + at][str(token)]["logprob"] for at, token in enumerate(answer))
@@ -80,6 +87,37 @@ def test_perplexity_through_an_endpoint_is_the_reference_s(server: Server, tmp_p
     assert [s.tokens for s in found.scores] == [s.tokens for s in expected.scores]
     assert found.loss == pytest.approx(expected.loss, rel=0.01)
     endpoint.close(), reference.close()
+
+
+def test_the_loss_is_that_of_the_engine(leap_tiny: Path) -> None:
+    """In float32, where the order of additions is all that differs; the end of the text is counted by both."""
+    reference = TorchEngine(leap_tiny, dtype="float32", device="cpu")
+    expected = reference.score(ITEMS)
+    reference.close()
+    env = {**SERVER_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    with Server(leap_tiny, ["--name", "leap-tiny", "--dtype", "float32"], env) as exact:
+        endpoint = Endpoint(exact.url)
+        found = endpoint.score(ITEMS)
+        endpoint.close()
+    assert [score.tokens for score in found] == [score.tokens for score in expected]
+    assert mean_loss(found) == pytest.approx(mean_loss(expected), abs=1e-4)
+    assert [score.logprob for score in found] == pytest.approx([score.logprob for score in expected], abs=1e-3)
+
+
+def test_a_loss_without_the_end_of_text_says_so(proxy: Proxy, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    command = ("--task", "toy-gsm", "--limit", "3", "--model", "leap-tiny")
+    status, whole, said = leap(capsys, proxy.url, *command)
+    assert status == 0 and "notes" not in whole and "Note" not in said
+    proxy.absent = "/leap"  # as any other server
+    status, found, _ = leap(capsys, proxy.url, *command, "-o", "r.json")
+    assert status == 0 and len(found["notes"]) == 1 and found["engine"] == "endpoint"
+    assert re.search("leaves out the end of text, .* not comparable with one measured in this process", found["notes"][0])  # fmt: skip
+    tokens = [row["tokens"] for row in json.loads(Path("r.json").read_text())["tasks"]["toy-gsm"]["per_item"]]
+    endpoint = Endpoint(proxy.url)
+    assert endpoint.end_of_text is None
+    assert tokens == [len(ids) for ids in endpoint.tokenize([item.answer for item in ITEMS[:3]])]
+    endpoint.close()
 
 
 def test_chat_has_no_loss_and_says_why(server: Server, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip

@@ -26,9 +26,10 @@ tune: {rounds: 2, labels: 8, pool: 24, held-out: 8, steps: 40, batch: 4, rank: 2
 export: {}
 eval: {limit: 8, engine: torch}
 gate: {file: gate.yaml, engine: torch}
+load: {limit: 4, engine: torch}
 """
 GATE = "checks: [{task: toy-code, limit: 2, max_loss_increase: 0.0001}]"
-LINE = ["profile", "search", "cut", "verify", "tune", "export", "eval", "gate"]
+LINE = ["profile", "search", "cut", "verify", "tune", "export", "eval", "gate", "load"]
 
 
 def command(recipe: Path, out: Path) -> list[str]:
@@ -80,7 +81,9 @@ def test_run_and_resume(tmp_path: Path) -> None:
     assert result["eval"]["model"] == str(out / "plain") and result["eval"]["vs"]["model"] == "leap-tiny"
     assert 0 <= result["eval"]["tasks"]["toy-gsm"]["score"] <= 1
     assert result["gate"]["passed"] is False
-    assert "toy-gsm" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "routed there after tuning" in page and "exact answers, teacher-forced" in page
+    assert "toy-gsm: 32 of 64 experts in each layer (plan " in page
 
     # As if it had been killed during the cut: what is missing runs again, what is there does not.
     for name in LINE[2:]:
