@@ -55,7 +55,7 @@ def stages(out: Path) -> list[Stage]:
     tuned = {"LEAP_KERNEL_CONFIGS": str(tables), "VLLM_TUNED_CONFIG_FOLDER": str(tables)}
     kernel = (python, str(HERE / "bench_kernel.py"), "--resume", "--out", str(out / "kernel.jsonl"))
     engine = (python, str(HERE / "bench_engine_gpu.py"), "--resume", "--out", str(out / "engine_gpu.jsonl"))
-    pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "300", "-m", "not slow", *CORRECT)
+    pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *CORRECT)
     # Tens of GB long, though it takes no room: not among what is copied or committed.
     sparse = Path(tempfile.gettempdir()) / f"leap-sparse-{os.getuid()}"
     found = [

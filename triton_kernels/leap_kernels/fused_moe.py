@@ -22,6 +22,13 @@ ROUTE_WARPS, CHOOSE_WARPS = 4, 8
 ADD_UP_COLUMNS = 512
 """Columns that one program of the final sum handles: 4 a thread; 8 fp32 take a stack frame on sm_100."""
 
+SCHEMA = (
+    "(Tensor x, Tensor w13, Tensor w2, Tensor? router_logits, Tensor? topk_ids, Tensor? topk_weights, int top_k,"
+    " str scoring, float temperature, Tensor? bias, bool renormalise, float scale, bool weight_on_input,"
+    " Tensor? expert_map, int[] launch) -> Tensor"
+)
+"""Of the operator; spelt out, since releases of torch differ in which annotations they can read one from."""
+
 
 @dataclass(frozen=True, slots=True)
 class Routing:
@@ -109,7 +116,7 @@ def fused_moe(
     return out
 
 
-@torch.library.custom_op("leap_kernels::fused_moe", mutates_args=())  # type: ignore[untyped-decorator]
+@torch.library.custom_op("leap_kernels::fused_moe", mutates_args=(), schema=SCHEMA)  # type: ignore[untyped-decorator]
 def _operator(
     x: torch.Tensor,
     w13: torch.Tensor,
