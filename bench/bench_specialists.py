@@ -1,6 +1,6 @@
 """What it costs that one server answers for many specialists, and what each takes in memory.
 
-    python bench/bench_specialists.py                      # leap-tiny and a random 150M-parameter model, 20 pairs
+    python bench/bench_specialists.py                      # leap-tiny and a random 150M-parameter model
     python bench/bench_specialists.py --model leap-tiny --rounds 2 --requests 8
 
 Two servers of the same model, on all the machine's cores but never asked at the same time: `stock` is vLLM
@@ -44,6 +44,8 @@ from leap_serve.workload import vocabulary_of
 RESULTS = Path(__file__).parent / "results" / "specialists.jsonl"
 SETTINGS = ("stock", "mixed", "base")
 NAMES = ("math", "code", "law", "tuned")
+LOADS = {"leap-tiny": (20, 96), "random-150m": (10, 64)}
+"""Model: pairs of rounds and requests of each; ten minutes for both on two quiet cores."""
 PROMPT, OUTPUT, CONCURRENT, MORE = 64, 32, 32, 32
 ADMIN = {ADMIN_HEADER: "sk-admin"}
 
@@ -178,6 +180,8 @@ def memory(server: Server, model: Path) -> dict[str, Any]:
 
 def measure(name: str, model: Path, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """One model's row."""
+    pairs, requests = LOADS.get(name, LOADS["leap-tiny"])
+    pairs, requests = args.rounds or pairs, args.requests or requests
     common = ["--name", "base", "--dtype", args.dtype]
     vllm = ["--", "--max-num-seqs", str(CONCURRENT), "--max-model-len", "256", "--disable-uvicorn-access-log"]
     named = [f"--specialist={one}={path}" for one, path in specialists_of(model, folder).items()]
@@ -185,11 +189,11 @@ def measure(name: str, model: Path, folder: Path, args: argparse.Namespace) -> d
     with ExitStack() as stack:
         stock = stack.enter_context(Server(model, [*common, *vllm], {**env, "VLLM_PLUGINS": ""}))
         shared = stack.enter_context(Server(model, [*common, *named, "--admin-key", "sk-admin", *vllm], env))
-        rounds = Rounds({"stock": stock, "shared": shared}, vocabulary_of(model), args.requests)
+        rounds = Rounds({"stock": stock, "shared": shared}, vocabulary_of(model), requests)
         return {
-            "bench": "specialists", "model": name, "dtype": args.dtype, "requests": args.requests,
+            "bench": "specialists", "model": name, "dtype": args.dtype, "requests": requests,
             "concurrent": CONCURRENT, "prompt_tokens": PROMPT, "output_tokens": OUTPUT, "specialists": list(NAMES),
-            "pairs": args.rounds, "threads": os.environ.get("OMP_NUM_THREADS"), **throughput(rounds, args.rounds),
+            "pairs": pairs, "threads": os.environ.get("OMP_NUM_THREADS"), **throughput(rounds, pairs),
             "memory": memory(shared, model),
         }  # fmt: skip
 
@@ -197,8 +201,8 @@ def measure(name: str, model: Path, folder: Path, args: argparse.Namespace) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", help="default: leap-tiny and a random 150M-parameter model")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--requests", type=int, default=96, help="per round")
+    parser.add_argument("--rounds", type=int, help="pairs (default: 20, 10 for the 150M model)")
+    parser.add_argument("--requests", type=int, help="per round (default: 96, 64 for the 150M model)")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--dry-run", action="store_true", help="measure, print and write no row")
     args = parser.parse_args()
@@ -211,11 +215,11 @@ def main() -> None:
         if not args.dry_run:
             append_jsonl(RESULTS, row)
     table(
-        f"{args.requests} requests of {PROMPT}+{OUTPUT} tokens, {CONCURRENT} at a time, {args.rounds} pairs",
-        ["model", "stock tok/s", "mixed / stock", "base / stock", "KiB per specialist", "with a head", "model MiB"],
+        f"requests of {PROMPT}+{OUTPUT} tokens, {CONCURRENT} at a time",
+        ["model", "pairs", "stock tok/s", "mixed / stock", "base / stock", "KiB per specialist", "with a head", "model MiB"],
         [
             [
-                row["model"], f"{row['output_tok_s']['stock']['median']:.1f}",
+                row["model"], f"{row['pairs']} of {row['requests']}", f"{row['output_tok_s']['stock']['median']:.1f}",
                 *(
                     f"{r['median']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
                     for r in (row["over_stock"][setting] for setting in SETTINGS[1:])

@@ -194,6 +194,7 @@ def names(specialists: Sequence[Loaded]) -> list[dict[str, Any]]:
     """What GET /leap says of the specialists, which is for every client."""
     return [
         {"name": one.specialist.name, "fingerprint": one.specialist.plan.fingerprint,
-         "retained": one.specialist.plan.counts, "router_head": one.specialist.head is not None}
+         "retained": one.specialist.plan.counts,
+         "router_head": one.specialist.head.sha256 if one.specialist.head else None}
         for one in specialists if one.leaving is None
     ]  # fmt: skip
