@@ -28,7 +28,7 @@ def _heat_map(plan: ExpertMap) -> Figure:
         caption += f" Height of the marks: share of the tokens that are routed there {plan.loaded}."
     header = ("expert", *(f"layer {layer.index}" for layer in plan.layers))
     body = tuple((str(expert), *(_cell(layer, expert) for layer in plan.layers)) for expert in range(plan.num_experts))
-    what = f"Share of the layer's {plan.saliency}; " if plan.saliency else ""
+    what = f"Each expert's share of its layer by {plan.saliency}; " if plan.saliency else ""
     table = Table(
         "", header, body, f"{what}● retained{f', with its share of the tokens {plan.loaded}' if loads else ''}"
     )
@@ -40,7 +40,7 @@ def _row(plan: ExpertMap, layer: LayerMap) -> Markup:
     titles = []
     for expert in order:
         text = f"layer {layer.index}, expert {expert}: {'retained' if expert in retained else 'dropped'}"
-        text += f", {percent(layer.saliency[expert])} of {plan.saliency}" if layer.saliency else ""
+        text += f", {percent(layer.saliency[expert])} by {plan.saliency}" if layer.saliency else ""
         text += f", {percent(layer.load[expert])} of the tokens {plan.loaded}" if expert in layer.load else ""
         titles.append(text)
     most = max(layer.load.values(), default=0.0) or 1.0
