@@ -60,6 +60,17 @@ def test_ours_says_why_it_does_not_run(
     assert f"MoE layers of 16 experts, H 2048, I 768, top-8, bfloat16 keep vLLM's kernel: {why}" in caplog.text
 
 
+@pytest.mark.parametrize("wanted", ["auto", "ours", "vllm"])
+def test_ranks_on_a_cpu_get_the_kernel_that_honours_the_expert_map(
+    wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(experts.VARIABLE, wanted)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    chosen = experts.choose(replace(LAYER, backend="CPU", ranks=2), Stock)
+    assert chosen.experts.__name__ == "MappedCpuExperts" and issubclass(chosen.experts, Stock)
+    assert chosen.kernel == "vllm"
+
+
 def measured(folder: Path, ours_us: float) -> Path:
     """A table for LAYER in a checkpoint's folder: vLLM takes 10 µs at each of two numbers of tokens."""
     entries = {m: Entry(default_config(m, 16, 8, 2), ours_us * m, 10.0, {"BLOCK_SIZE_M": 16}) for m in (1, 64)}
