@@ -27,6 +27,8 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 SHORT, LONG = "Once upon a time", "The quick brown fox jumps over the lazy dog. " * 4
 """LONG is more than a block of the KV cache (128 tokens), so that there is something to find in the prefix cache."""
 TOKENS = 10
+PATIENT = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600"}
+"""An idle connection that the server closes while a slow client writes to it looks like a fault: here it never does."""
 
 
 @dataclass(frozen=True)
@@ -62,19 +64,26 @@ def tune(folder: Path) -> None:
     write_overlays(folder, router_head=head, adapter=None, made_by={"version": "test", "argv": ["pytest"]})
 
 
+def made(folder: Path) -> tuple[Path, dict[str, Path]]:
+    """Make a random fp32 model and the cuts of its specialists, one of them with a router head; returns their folders."""
+    model = add_tokenizer(make_checkpoint("qwen3_moe", folder / "model"))
+    plans = plans_of(model)
+    for name, plan in plans.items():
+        cut(model, plan, folder / name)
+    tune(folder / "tuned")
+    return model, {name: folder / name for name in plans}
+
+
 @contextmanager
 def sharing(folder: Path) -> Iterator[Shared]:
-    """Serve a random fp32 model and its specialists, among them one with a router head, from files in ``folder``."""
-    model = add_tokenizer(make_checkpoint("qwen3_moe", folder / "model"))
-    cuts = {name: folder / name for name in plans_of(model)}
-    for name, plan in plans_of(model).items():
-        cut(model, plan, cuts[name])
-    tune(cuts["tuned"])
+    """Serve a random fp32 model and its specialists from files in ``folder``."""
+    model, cuts = made(folder)
     named = [f"--specialist={name}={path / 'leap.json'}" for name, path in cuts.items()]
     flags = [*named, "--name", BASE, "--dtype", "float32", "--admin-key", "sk-admin", "--state", str(folder / "state")]
     # So few blocks that requests are preempted and begun again, and that memory soon stops growing.
     vllm = ["--", "--chat-template", TEMPLATE, "--max-model-len", "256", "--num-gpu-blocks-override", "48"]
-    with Server(model, [*flags, *vllm], {**SERVER_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}) as server:
+    env = {**SERVER_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **PATIENT}
+    with Server(model, [*flags, *vllm], env) as server:
         yield Shared(server, model, cuts, folder / "state")
 
 
