@@ -285,8 +285,11 @@ class _Collector:
     def _learning(self, learning: Learning) -> None:
         own = self.report.learning.setdefault(f"{learning.agent} {learning.title}", learning)
         if own is not learning:
-            own.curves += [curve for curve in learning.curves if curve not in own.curves]
-            own.exact += [curve for curve in learning.exact if curve not in own.exact]
+            for lines, more in (
+                (own.curves, learning.curves), (own.exact, learning.exact), (own.held_out, learning.held_out),
+                (own.scores, learning.scores),
+            ):  # fmt: skip
+                lines += [curve for curve in more if curve not in lines]
             own.notes += [note for note in learning.notes if note not in own.notes]
 
     def _setting(self, value: Mapping[str, Any]) -> None:

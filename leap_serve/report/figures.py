@@ -185,22 +185,33 @@ def learning(report: Report, agent: str) -> list[Figure]:
 
 
 def _searching(one: Learning) -> tuple[Markup, Table]:
-    """Best losses so far; of one-shot methods only the best, as a level."""
-    shots = {curve.name: curve.points[0][1] for curve in one.curves if len(curve.points) == 1}
-    series = _lines([curve for curve in one.curves if curve.name not in shots], figure, stepped=True)
+    """What searches go by, and below it what their plans did on test items, where a bench looked."""
     last = max(at for curve in one.curves for at, _ in curve.points)
-    if shots:
-        best = min(shots, key=lambda name: shots[name])
-        title = f"{best}, the best of {len(shots)} one-shot methods: {figure(shots[best])} nats"
-        ends_at = max(last, 2.0)
-        series.append(charts.Line(f"{best} (one-shot)", [(1.0, shots[best]), (ends_at, shots[best])], COLOURS, title))
     columns = [*(float(mark) for mark in MARKS if mark < last), last]
-    table = Table(
-        "", ("method", "seeds", *(f"{figure(c, 9)} evaluations" for c in columns)),
-        tuple(_numbers(one.curves, columns, figure, stepped=True)),
-    )  # fmt: skip
-    chart = charts.lines(series, "plans evaluated (logarithmic)", "loss of the best plan so far, nats", log_x=True)
-    return chart, table
+    chart, rows = Markup(""), []
+    for what, curves, write, unit in (
+        ("search loss", one.curves, figure, "nats"), ("test loss", one.held_out, figure, "nats"),
+        ("test score", one.scores, percent, "%"),
+    ):  # fmt: skip
+        if curves:
+            chart += _so_far(curves, what, write, unit, last)
+            rows += [(name, what, *rest) for name, *rest in _numbers(curves, columns, write, stepped=True)]
+    header = ("method", "what", "seeds", *(f"{figure(c, 9)} evaluations" for c in columns))
+    return chart, Table("", header, tuple(rows))
+
+
+def _so_far(curves: Sequence[Curve], what: str, write: Callable[[float], str], unit: str, last: float) -> Markup:
+    """A chart of the best plan so far; of one-shot methods only the best, as a level."""
+    shares = unit == "%"
+    shots = {curve.name: curve.points[0][1] for curve in curves if len(curve.points) == 1}
+    series = _lines([curve for curve in curves if curve.name not in shots], write, stepped=True)
+    if shots:
+        best = (max if shares else min)(shots, key=lambda name: shots[name])
+        title = f"{best}, the best of {len(shots)} one-shot methods: {write(shots[best])}{'' if shares else ' nats'}"
+        level = [(1.0, shots[best]), (max(last, 2.0), shots[best])]
+        series.append(charts.Line(f"{best} (one-shot)", level, COLOURS, title))
+    y_title = f"{what} of the best plan so far, {unit}"
+    return charts.lines(series, "plans evaluated (logarithmic)", y_title, log_x=True, shares=shares)
 
 
 def _tuning(one: Learning) -> tuple[Markup, Table]:

@@ -93,6 +93,7 @@ class Learning:
         title: the task and the budget, or the tuned plan.
         curves: of the agent and of its controls.
         exact: of the same runs the share of validation answers that are exact, teacher-forced; none of searches.
+        held_out, scores: of searches that a bench followed, the best plan's loss and task score on test items.
         notes: sentences below, e.g. whether the tuned router was kept.
     """
 
@@ -100,6 +101,8 @@ class Learning:
     title: str
     curves: list[Curve] = field(default_factory=list)
     exact: list[Curve] = field(default_factory=list)
+    held_out: list[Curve] = field(default_factory=list)
+    scores: list[Curve] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 

@@ -141,7 +141,7 @@ def search_curve(plan: Plan) -> Learning | None:
 
 
 def search_row(row: Mapping[str, Any]) -> Learning:
-    """The same of a row of bench/search_methods.py; a one-shot method is a single point."""
+    """The same of a row of bench/search_methods.py, and what its plans did on test items; one-shots are single points."""
     points = [(needed(at), needed(loss)) for at, _, loss in row["improvements"]]
     if row["evaluations"]:
         points.append((needed(row["evaluations"]), points[-1][1]))
@@ -151,7 +151,14 @@ def search_row(row: Mapping[str, Any]) -> Learning:
         str(row["task"]), sum(map(len, retained)), len(retained), experts, str(row["allocation"])
     )  # fmt: skip
     name = method_name(str(row["method"])) + (f" from {row['warm']}" if row.get("warm") else "")
-    return Learning("pruning", title, [Curve(name, int(row["seed"]), tuple(points))])
+    curves = [tuple(points)]
+    for what in ("held_out_loss", "score"):
+        seen = {int(at): point[what] for at, point in row.get("points", {}).items() if what in point}
+        if what in row:
+            seen[max(int(row["evaluations"]), 1)] = row[what]
+        curves.append(tuple((float(at), needed(seen[at])) for at in sorted(seen)))
+    search, held_out, scores = ([Curve(name, int(row["seed"]), own)] if own else [] for own in curves)
+    return Learning("pruning", title, search, held_out=held_out, scores=scores)
 
 
 def search_state(folder: Path, header: Mapping[str, Any], label: str, done: list[Plan]) -> Learning | None:
@@ -203,7 +210,7 @@ def tuning(value: Mapping[str, Any], name: str, plan: Plan | None) -> Learning:
     )
     title = f"{plan_title(task, plan) if plan else task} (plan {fingerprint[:8]})"
     line = tuning_name(config, made), int(config.get("seed", 0))
-    return Learning("routing", title, [Curve(*line, tuple(points))], exact_curves(*line, value["curve"]), notes)
+    return Learning("routing", title, [Curve(*line, tuple(points))], exact_curves(*line, value["curve"]), notes=notes)
 
 
 def exact_curves(name: str, seed: int, rounds: list[Mapping[str, Any]]) -> list[Curve]:

@@ -76,8 +76,8 @@ def test_learning_curves(run: tuple[Path, Plan], page: Page) -> None:
     text = " ".join(page.text)
     assert "toy-gsm: 62 of 256 experts, any number in a layer" in text
     (curve,) = page.table_with("method", "60 evaluations")
-    assert curve[0][2:] == [f"{n} evaluations" for n in (1, 10, 25, 50, 60)]
-    assert curve[1] == ["agent", "1", "4", "1.5", "1.5", "0.5", "0.5"]
+    assert curve[0][3:] == [f"{n} evaluations" for n in (1, 10, 25, 50, 60)]
+    assert curve[1] == ["agent", "search loss", "1", "4", "1.5", "1.5", "0.5", "0.5"]
     (tuned,) = page.table_with("method", "200 labels")
     assert tuned[0][1:3] == ["what", "seeds"]
     assert tuned[1] == ["agent", "loss, nats", "1", "1.2", "0.5", "0.25"]
@@ -205,6 +205,7 @@ def test_cold_and_warm_searches_and_both_curves_of_tuning_from_rows(tmp_path: Pa
     search = {
         "bench": "search-methods", "task": "toy-gsm", "method": "leap", "seed": 0, "allocation": "uniform",
         "retained": [[1, 2], [3, 4]], "evaluations": 9, "improvements": [[1, 0.2, 4.0], [5, 0.5, 1.0]], "warm": "",
+        "points": {"5": {"held_out_loss": 1.5, "score": 0.25}, "9": {"held_out_loss": 1.25}}, "held_out_loss": 1.25, "score": 0.5,
     }  # fmt: skip
     warm = {**search, "warm": "tasks", "improvements": [[1, 0.5, 1.0]]}
     curve = [{"labels": 10, "validation_loss": 0.5, "validation_exact": 0.5}, {"labels": 20, "validation_loss": 0.4}]
@@ -227,6 +228,12 @@ def test_cold_and_warm_searches_and_both_curves_of_tuning_from_rows(tmp_path: Pa
     searches, tuning = collect([tmp_path / "rows.jsonl"]).learning.values()
     assert [(line.name, line.points) for line in searches.curves] == [
         ("agent", ((1, 4.0), (5, 1.0), (9, 1.0))), ("agent from tasks", ((1, 1.0), (9, 1.0)))
+    ]  # fmt: skip
+    assert searches.held_out[0].points == ((5, 1.5), (9, 1.25)) and searches.scores[0].points == ((5, 0.25), (9, 0.5))
+    write_report([tmp_path / "rows.jsonl"], tmp_path / "out.html")
+    (shown,) = Page((tmp_path / "out.html").read_text(encoding="utf-8")).table_with("method", "9 evaluations")
+    assert [row[:2] + row[-1:] for row in shown[1::2]] == [
+        ["agent", "search loss", "1"], ["agent", "test loss", "1.25"], ["agent", "test score", "50.0 %"]
     ]  # fmt: skip
     assert [line.name for line in tuning.curves] == ["agent", "full fine-tuning"]
     # A run that does not tell it in every round has no curve of it.
