@@ -7,7 +7,7 @@ FAST := not e2e and not slow
 # Engines start for most of the time that the tests take, on one core each; a file's tests stay together.
 PARALLEL ?= -n 2 --dist loadfile
 
-.PHONY: demo test check test-slow bench bench-gpu lint setup clean leap-tiny
+.PHONY: demo test check test-slow bench bench-gpu lint setup clean leap-tiny llama4-tiny
 
 demo: setup
 	$(BIN)/leap demo --out runs/demo --force
@@ -34,9 +34,13 @@ bench-gpu: setup
 	$(BIN)/python bench/run_gpu.py
 
 # glibc would return every freed buffer to the system and fault it in again: a third of the step time.
+leap-tiny llama4-tiny: export MALLOC_MMAP_THRESHOLD_ := 4294967296
+leap-tiny llama4-tiny: export MALLOC_TRIM_THRESHOLD_ := 8589934592
+leap-tiny llama4-tiny: export MALLOC_TOP_PAD_ := 268435456
 leap-tiny: setup
-	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456 \
 	$(BIN)/python -m leap_training.tiny --out runs/leap-tiny
+llama4-tiny: setup
+	$(BIN)/python -m leap_training.tiny --form llama4_text --out runs/llama4-tiny
 
 setup:
 	@bash dev/setup.sh
