@@ -199,6 +199,8 @@ def serve(
         url = f"http://{host}:{port}"
         # From here to vLLM's own handlers, signals must unwind, or engine processes stay behind.
         before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        # oneDNN keeps a primitive for each batch size of each linear shape, 1,024 of them: on a CPU memory would grow for hours.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
         try:
             api = vllm_server()
             args = parse_flags(api, folder, _flags(port, options), options.rest)
