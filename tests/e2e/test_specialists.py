@@ -355,9 +355,9 @@ def test_two_thousand_of_everything_at_once(shared: Shared) -> None:
     storm = rage(shared, requests=2000, concurrency=32, seed=2)
     assert storm.done.total() == 2000 and not storm.wrong, storm.wrong[:5]
     check_quiet(shared)
-    # oneDNN keeps a primitive for each batch size of each linear layer, up to 1,024: stock vLLM grows by as much.
+    # With all of oneDNN's cache, 1,024 primitives, it grew by 130 MiB.
     grown = resident_mib(shared.server.pid) - warm
-    assert grown < 200, f"{grown:.0f} MiB more than after 600 requests"
+    assert grown < 40, f"{grown:.0f} MiB more than after 600 requests"
 
 
 @pytest.mark.slow
