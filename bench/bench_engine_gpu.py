@@ -31,7 +31,7 @@ from typing import Any
 from leap_serve.bench import stamped
 from leap_serve.checkpoint import FINGERPRINT_KEY, MANIFEST, Checkpoint, resolve_model
 from leap_serve.cli.console import table
-from leap_serve.files import append_jsonl, new_folder, write_json
+from leap_serve.files import append_jsonl, new_folder, read_jsonl, write_json
 from leap_serve.plan import BaseModel, LayerPlan, Plan
 
 RESULTS = Path(__file__).parent / "results" / "engine_gpu.jsonl"
@@ -234,8 +234,7 @@ def show(rows: list[dict[str, Any]], full: str) -> None:
 
 def rows_of(out: Path, smoke: bool) -> list[dict[str, Any]]:
     """The rows that a file holds of this bench, run this way."""
-    lines = out.read_text(encoding="utf-8").splitlines() if out.is_file() else []
-    return [row for row in map(json.loads, lines) if row.get("bench") == "engine_gpu" and row.get("smoke") is smoke]
+    return [row for row in read_jsonl(out) if row.get("bench") == "engine_gpu" and row.get("smoke") is smoke]
 
 
 def write_tunable(folder: Path, settings: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 from leap_serve.bench import stamped
 from leap_serve.cli.console import table
-from leap_serve.files import append_jsonl
+from leap_serve.files import append_jsonl, read_jsonl
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = {"Qwen3-30B-A3B": (2048, 768, 8), "Qwen3-235B-A22B": (4096, 1536, 8), "Llama-4-Maverick": (5120, 8192, 1)}
@@ -177,8 +177,7 @@ def sweep(args: argparse.Namespace, out: Path) -> None:
 
 def known_rows(out: Path) -> set[tuple[Any, ...]]:
     """(model, experts, tokens, smoke) of the rows that a file holds."""
-    lines = out.read_text(encoding="utf-8").splitlines() if out.is_file() else []
-    rows = [row for row in map(json.loads, lines) if row.get("bench") == "kernel"]
+    rows = [row for row in read_jsonl(out) if row.get("bench") == "kernel"]
     return {tuple(row[key] for key in ("model", "experts", "tokens", "smoke")) for row in rows}
 
 

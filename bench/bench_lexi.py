@@ -30,14 +30,14 @@ from leap_serve.bench import Contender, compare, measure_rounds, opened, stamped
 from leap_serve.checkpoint import Checkpoint, resolve_model, width_of
 from leap_serve.cli.console import progress_bar, say, table
 from leap_serve.cut import cut
-from leap_serve.files import append_jsonl
+from leap_serve.files import append_jsonl, read_jsonl
 from leap_serve.flops import parameters
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.workload import Workload
 
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 from bench_batch import make_model
-from bench_methods import SMOKE, Bench, Cell, Size, read, run
+from bench_methods import SMOKE, Bench, Cell, Size, run
 
 RESULTS = Path(__file__).parent / "results" / "lexi.jsonl"
 MODEL, TASKS = "leap-tiny", ("toy-gsm", "toy-code", "toy-xsum")
@@ -78,7 +78,7 @@ def plan_of(source: Checkpoint, method: str, setting: str, draws: int, folder: P
 
 def speed(args: argparse.Namespace) -> None:
     """Measure the cuts that have no row, one after the other, against one full model that stays loaded."""
-    done = {(row["method"], row["setting"]) for row in read(args.results) if row["bench"] == "lexi-speed"}
+    done = {(row["method"], row["setting"]) for row in read_jsonl(args.results) if row["bench"] == "lexi-speed"}
     wanted = [one for one in SETTINGS if one[1] in ("50 %", "β = 1")] if args.smoke else SETTINGS
     missing = [one for one in wanted if one not in done]
     if not missing:
@@ -139,7 +139,7 @@ class Quality(Bench):
             "seed": cell.seed,
             "allocation": "uniform",
         }
-        found = [row for row in read(RESULTS.parent / "search_methods.jsonl")
+        found = [row for row in read_jsonl(RESULTS.parent / "search_methods.jsonl")
                  if not row["warm"] and where.items() <= row.items()]  # fmt: skip
         if not found:
             raise SystemExit(f"search_methods.jsonl has no plan for {cell}; first python bench/search_methods.py")
@@ -165,7 +165,7 @@ def quality_cells() -> Iterator[tuple[str, float, Cell]]:
 def quality(args: argparse.Namespace) -> None:
     """Score the cells that have no row."""
     keys = ("method", "setting", "task", "seed")
-    done = {tuple(row[key] for key in keys) for row in read(args.results) if row["bench"] == "lexi"}
+    done = {tuple(row[key] for key in keys) for row in read_jsonl(args.results) if row["bench"] == "lexi"}
     bench = Quality(MODEL, SMOKE if args.smoke else Size(), args.work)
     wanted = [(name, f"{100 * share:g} %", cell) for name, share, cell in quality_cells()]
     for name, setting, cell in wanted[: 2 if args.smoke else None]:
@@ -177,7 +177,7 @@ def quality(args: argparse.Namespace) -> None:
 
 def sensitivity(args: argparse.Namespace) -> None:
     """Measure D_l(k) of leap-tiny, unless it has been."""
-    if any(row["bench"] == "lexi-sensitivity" for row in read(args.results)):
+    if any(row["bench"] == "lexi-sensitivity" for row in read_jsonl(args.results)):
         return
     with tempfile.TemporaryDirectory() as work:
         out = Path(work) / "plan.json"
@@ -212,7 +212,7 @@ def main() -> None:
         args.hidden, args.intermediate, args.layers, args.rounds, args.warmup, args.draws = 128, 64, 2, 1, 0, 2
     for part in args.part:
         parts[part](args)
-    rows = read(args.results)
+    rows = read_jsonl(args.results)
     table(
         f"throughput over the full model's, batch {args.batch}", ["method", "taken away", "tok/s", "over full", "FLOPs", "weights"],
         [[row["method"], row["setting"], f"{row['contenders'][0]['metrics']['total_tok_s']['median']:.0f}",

@@ -12,7 +12,6 @@ bench/results/lookahead.jsonl; rows that are there are not made again, and --wor
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from leap_serve.checkpoint import resolve_model
 from leap_serve.cli.console import table
 from leap_serve.cut import cut
 from leap_serve.evaluate import evaluate
-from leap_serve.files import append_jsonl
+from leap_serve.files import append_jsonl, read_jsonl
 from leap_serve.plan import Plan
 from leap_serve.profile import Profile
 from leap_serve.tasks.base import Item
@@ -170,8 +169,7 @@ def measure(setting: Setting, method: str, items: int) -> dict[str, Any]:
 
 def known(path: Path) -> dict[tuple[int, int, str], dict[str, Any]]:
     """Rows that are there, by (experts, seed, method)."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {(row["experts"], row["seed"], row["method"]): row for row in rows}
+    return {(row["experts"], row["seed"], row["method"]): row for row in read_jsonl(path)}
 
 
 def main() -> None:

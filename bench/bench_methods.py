@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import io
 import itertools
-import json
 import sys
 import tempfile
 import time
@@ -36,7 +35,7 @@ from leap_serve.cli.console import say, table
 from leap_serve.cut import cut
 from leap_serve.errors import LeapError
 from leap_serve.evaluate import evaluate
-from leap_serve.files import append_jsonl, read_json, write_json
+from leap_serve.files import append_jsonl, read_json, read_jsonl, write_json
 from leap_serve.flops import parameters
 from leap_serve.plan import Plan
 from leap_serve.tasks.registry import load_task
@@ -114,21 +113,16 @@ def planned(args: argparse.Namespace, size: Size) -> list[Cell]:
 
 def known(results: Path, size: Size) -> set[Cell]:
     """Cells that need no run: rows that are there, and their twins in the rows of other benches."""
-    done = {Cell.of(row) for row in read(results)}
-    for row in read(results.parent / "search_methods.jsonl"):
+    done = {Cell.of(row) for row in read_jsonl(results)}
+    for row in read_jsonl(results.parent / "search_methods.jsonl"):
         if row["allocation"] == "uniform" and not row["warm"]:
             done.add(Cell(row["model"], row["task"], row["experts"], row["method"], row["seed"], "none"))
-    for row in read(results.parent / "lookahead.jsonl"):
+    for row in read_jsonl(results.parent / "lookahead.jsonl"):
         done.add(Cell(row["model"], row["task"], row["experts"], row["method"], row["seed"], size.tuned))
-    for row in read(results.parent / "tune.jsonl"):
+    for row in read_jsonl(results.parent / "tune.jsonl"):
         if row["method"] == FULL:
             done.add(Cell(row["model"], row["task"], row["experts"], FULL, row["seed"], "none"))
     return done
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """All rows of a file so far."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 class Bench:
@@ -281,7 +275,7 @@ def main() -> None:
         what = f"{cell.task} {cell.experts} {cell.method} seed {cell.seed}, tuning {cell.tuning}"
         say(f"{number}/{len(missing)} {what}: {found}")
         sys.stdout.flush()
-    summarise(read(args.results))
+    summarise(read_jsonl(args.results))
 
 
 if __name__ == "__main__":

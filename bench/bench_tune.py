@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import shutil
 import tempfile
 import time
@@ -31,7 +30,7 @@ from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli.console import say, table
 from leap_serve.cut import cut
 from leap_serve.evaluate import evaluate
-from leap_serve.files import append_jsonl
+from leap_serve.files import append_jsonl, read_jsonl
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.statistics import bootstrap
 from leap_serve.tasks.registry import load_task
@@ -201,11 +200,6 @@ def measure(run: Run, rows: Sequence[dict[str, Any]], size: Size, work: Path) ->
     }  # fmt: skip
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """All rows so far."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def summarise(rows: Sequence[dict[str, Any]]) -> None:
     """Print a line per task, budget, method and labels."""
     full = {row["task"]: row["score"] for row in rows if row["method"] == "full-model"}
@@ -234,15 +228,15 @@ def main() -> None:
     parser.add_argument("--summary", action="store_true", help="measure nothing, print the table")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    size, done = SMOKE if args.smoke else Size(), {Run.of(row) for row in read(args.results)}
+    size, done = SMOKE if args.smoke else Size(), {Run.of(row) for row in read_jsonl(args.results)}
     missing = [run for run in planned(args.what, args.seeds, args.experts, args.task, size.labels) if run not in done]
     for number, run in enumerate([] if args.summary else missing, 1):
         with tempfile.TemporaryDirectory() as work:
-            row = measure(run, read(PLANS), size, Path(work))
+            row = measure(run, read_jsonl(PLANS), size, Path(work))
         append_jsonl(args.results, stamped(row))
         say(f"{number}/{len(missing)} {run.task} {run.experts} {run.method} {run.labels} labels, seed {run.seed}: "
             f"score {100 * row['score']:.1f} %, loss {row['loss']:.3f}")  # fmt: skip
-    summarise(read(args.results))
+    summarise(read_jsonl(args.results))
 
 
 if __name__ == "__main__":

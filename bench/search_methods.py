@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import statistics
 import time
@@ -34,7 +33,7 @@ from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli.console import say, table
 from leap_serve.engine import mean_loss
 from leap_serve.evaluate import evaluate
-from leap_serve.files import append_jsonl
+from leap_serve.files import append_jsonl, read_jsonl
 from leap_serve.profile import Profile
 from leap_serve.statistics import mean_of_few
 from leap_serve.tasks.registry import load_task
@@ -221,11 +220,6 @@ def best_after(ledger: Ledger, evaluations: float, marks: Sequence[float]) -> by
     return list(ledger.losses)[curve.index(curve[-1])] if found else None
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """All rows so far."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def shown(values: Sequence[float], digits: int = 3) -> str:
     """Median, interval and number."""
     if not values:
@@ -375,7 +369,7 @@ def main() -> None:
     if args.smoke:
         args.task, args.experts, args.seeds, args.evaluations = ["toy-gsm"], [8], 2, 26
         args.items, args.held_out, args.profiled = 4, 4, 8
-    done = {Run.of(row) for row in read(args.results)}
+    done = {Run.of(row) for row in read_jsonl(args.results)}
     missing = [] if args.summary else [run for run in planned(args) if run not in done]
     if missing:
         bench = Bench(args)
@@ -387,7 +381,7 @@ def main() -> None:
                 f"{row['held_out_loss']:.3f}, score {100 * row['score']:.1f} %, {row['search_seconds']:.0f} s"
             )
         bench.engine.close()
-    summarise(read(args.results))
+    summarise(read_jsonl(args.results))
 
 
 if __name__ == "__main__":

@@ -66,6 +66,11 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
         stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Return the objects that append_jsonl wrote to ``path``; none where there is no file yet."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
 @contextlib.contextmanager
 def new_folder(out: Path, force: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of ``out`` that takes its name when the block ends without an error.
