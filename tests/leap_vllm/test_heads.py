@@ -8,7 +8,7 @@ from safetensors.torch import save
 
 from leap_serve.errors import LeapError
 from leap_vllm.heads import HeadTable, LayerHead, read_heads
-from leap_vllm.subsets import MAX_SLOTS, LayerTable
+from leap_vllm.subsets import LayerTable
 
 E, H, T, K = 8, 16, 40, 4
 HEADS: dict[int, tuple[list[int], LayerHead]] = {
@@ -20,10 +20,14 @@ HEADS: dict[int, tuple[list[int], LayerHead]] = {
 
 
 def table_of(*slots: int) -> HeadTable:
-    table = HeadTable(E, MAX_SLOTS, torch.device("cpu"))
+    table = HeadTable(torch.device("cpu"))
     for slot in slots:
         table.put(slot, *HEADS[slot], torch.float32)
     return table
+
+
+def places_of(slots: list[int]) -> dict[int, torch.Tensor]:
+    return {slot: torch.tensor([t for t, own in enumerate(slots) if own == slot]) for slot in set(slots)}
 
 
 def expected(hidden: torch.Tensor, logits: torch.Tensor, slots: list[int], held: tuple[int, ...]) -> torch.Tensor:
@@ -41,12 +45,12 @@ def test_heads_take_the_gates_place_for_their_tokens_alone(held: tuple[int, ...]
     made = torch.Generator().manual_seed(0)
     hidden, logits = torch.randn(T, H, generator=made), torch.randn(T, E, generator=made)
     table, slots = table_of(*held), [0, 2, 7, 64, 5] * (T // 5)
-    found = table.logits(hidden, logits, torch.tensor(slots))
+    found = table.logits(hidden, logits, places_of(slots))
     assert torch.allclose(found, expected(hidden, logits, slots, held), atol=1e-5)
     padded = torch.nn.functional.pad(hidden, (0, 8), value=9.0)  # kernels want some multiple
-    assert torch.equal(table.logits(padded, logits, torch.tensor(slots)), found)
+    assert torch.equal(table.logits(padded, logits, places_of(slots)), found)
     for slot in (0, 2, 7):
-        alone = table.logits(hidden, logits, torch.tensor([slot]))
+        alone = table.logits(hidden, logits, {slot: None})
         assert torch.allclose(alone, expected(hidden, logits, [slot] * T, held), atol=1e-5)
 
 
@@ -57,22 +61,22 @@ def test_heads_come_and_go() -> None:
     table.drop(2)
     table.drop(2)
     assert torch.allclose(
-        table.logits(hidden, logits, torch.tensor(slots)), expected(hidden, logits, slots, (7,)), atol=1e-5
+        table.logits(hidden, logits, places_of(slots)), expected(hidden, logits, slots, (7,)), atol=1e-5
     )
     table.put(2, *HEADS[2], torch.float32)
     both = expected(hidden, logits, slots, (2, 7))
-    assert torch.allclose(table.logits(hidden, logits, torch.tensor(slots)), both, atol=1e-5)
+    assert torch.allclose(table.logits(hidden, logits, places_of(slots)), both, atol=1e-5)
     for slot in (2, 7, 64):
         table.drop(slot)
-    assert torch.equal(table.logits(hidden, logits, torch.tensor(slots)), logits)
+    assert torch.equal(table.logits(hidden, logits, places_of(slots)), logits)
 
 
 def test_a_head_is_rounded_as_a_merged_one_is() -> None:
-    table = HeadTable(E, MAX_SLOTS, torch.device("cpu"))
+    table = HeadTable(torch.device("cpu"))
     ids, (weight, _) = HEADS[2]
     table.put(2, ids, (weight, None), torch.bfloat16)
     hidden = torch.randn(T, H, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
-    found = table.logits(hidden, torch.zeros(T, E), torch.tensor([2]))
+    found = table.logits(hidden, torch.zeros(T, E), {2: None})
     assert torch.allclose(found[:, ids], hidden.float() @ weight.to(torch.bfloat16).float().T, atol=1e-5)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from leap_serve.errors import LeapError, UnsupportedError
 from leap_vllm import compat, compat_runners
-from leap_vllm.heads import HeadTable, LayerHead
+from leap_vllm.heads import HeadTable, LayerHead, TokensOf
 
 REQUEST_KEY = "leap_plan"
 """Key of the slot in a request's extra_args (over HTTP: vllm_xargs)."""
@@ -158,14 +158,11 @@ class Subsets:
             layer: LayerTable(found.router.global_num_experts, found.router.top_k, runner.device, fixed=self._fixed)
             for layer, found in self.layers.items()
         }
-        self._heads = {
-            layer: HeadTable(found.router.global_num_experts, MAX_SLOTS, runner.device)
-            for layer, found in self.layers.items()
-        }
+        self._heads = {layer: HeadTable(runner.device) for layer in self.layers}
         self._dtype: torch.dtype = runner.dtype
         self._loaded: set[int] = set()
         self._headed = np.zeros(MAX_SLOTS, dtype=bool)
-        self._with_heads = False
+        self._with_heads: TokensOf = {}
         self._active = self._fixed
         self._slot_of = torch.zeros(runner.max_num_tokens, dtype=torch.long, device=runner.device)
         self._each_slot = torch.arange(MAX_SLOTS, device=runner.device).split(1)
@@ -261,7 +258,7 @@ class Subsets:
                 return whole(router_logits)
             slots = self._slot_of[: router_logits.shape[0]] if self._shared is None else self._shared
             if self._with_heads:
-                router_logits = heads.logits(hidden_states, router_logits, slots)
+                router_logits = heads.logits(hidden_states, router_logits, self._with_heads)
             return route(table, slots, router_logits, choosing, whole)
 
         return compat.replace_method(router, "_compute_routing", compute_routing)
@@ -283,16 +280,21 @@ class Subsets:
         self._step = step
         if not self._fixed:
             self._active = bool(slots.any())
-            self._with_heads = bool(self._headed[slots].any())
             if not self._active:
                 return
             # A penalty for all is added faster than one gathered for each.
             alone = bool((slots == slots[0]).all())
             self._shared = self._each_slot[slots[0]] if alone else None
             if alone:
+                self._with_heads = {int(slots[0]): None} if self._headed[slots[0]] else {}
                 return
         each = np.repeat(slots, tokens)
+        self._with_heads = {int(slot): self._places(each == slot) for slot in np.unique(slots[self._headed[slots]])}
         compat_runners.copy_to(self._slot_of, each)
         # What is padded behind them has no plan.
         self._slot_of[len(each) : self._filled] = 0
         self._filled = len(each)
+
+    def _places(self, mask: np.ndarray) -> torch.Tensor:
+        """Where a mask over the step's tokens is set, on the device."""
+        return torch.from_numpy(np.flatnonzero(mask)).to(self._slot_of.device, non_blocking=True)
