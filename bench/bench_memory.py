@@ -24,11 +24,10 @@ from typing import Any
 from leap_serve.bench import stamped
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli.console import say, table
-from leap_serve.files import append_jsonl
+from leap_serve.files import append_jsonl, read_jsonl
 
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 from bench_batch import make_model
-from bench_methods import read
 
 RESULTS = Path(__file__).parent / "results" / "memory.jsonl"
 TASK = "toy-gsm"
@@ -128,11 +127,11 @@ def main() -> None:
     if args.smoke:
         args.hidden, args.intermediate, args.experts, args.layers, args.items = 64, 32, 8, 2, 2
     key = ("method", "items", "layers", "experts", "hidden", "intermediate")
-    done = {tuple(row[name] for name in key) for row in read(args.results)}
+    done = {tuple(row[name] for name in key) for row in read_jsonl(args.results)}
     shape = (args.items, args.layers, args.experts, args.hidden, args.intermediate)
     if missing := [method for method in args.methods if (method, *shape) not in done]:
         measure(args, missing)
-    summarise(read(args.results))
+    summarise(read_jsonl(args.results))
 
 
 if __name__ == "__main__":

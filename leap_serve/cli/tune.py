@@ -57,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parts.add_argument("--uncertainty", default="entropy", choices=("entropy", "margin", "output", "answer", "none"))
     parts.add_argument("--diversity", default="nearest", choices=("nearest", "k-means++", "none"))
+    parts.add_argument(
+        "--candidates", type=int, default=0, help="items judged for each one chosen; default: 0, the whole pool"
+    )
     parts.add_argument("--no-lora", action="store_true", help="the experts stay as they are")
     parts.add_argument("--baseline", choices=BASELINES, help="a rival under the same labels and steps; needs --out")
     parts.add_argument("--teacher", help="kd, kd-experts: the full model")
@@ -203,7 +206,7 @@ def _config(args: argparse.Namespace, source: Path) -> TuneConfig:
                             latency_coef=args.latency_coef, **_price(args, source)),
         exploration=Exploration(args.exploration, args.noise, args.epsilon),
         acquisition=Acquisition(strategy="active" if chosen and not rival else "random", uncertainty=args.uncertainty,
-                                diversity=args.diversity, div_coef=args.div_coef),
+                                diversity=args.diversity, div_coef=args.div_coef, candidates=args.candidates),
     )  # fmt: skip
 
 

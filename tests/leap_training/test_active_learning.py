@@ -194,6 +194,7 @@ def test_settings_out_of_range_are_refused() -> None:
         (dict(al_temperature=0.0), "above 0"),
         (dict(random_share=1.5), r"in \[0, 1\]"),
         (dict(answer_tokens=0), "at least 1"),
+        (dict(candidates=-1), "0 for the whole pool"),
     ):
         with pytest.raises(UsageError, match=message):
             Acquisition(**wrong)  # type: ignore[arg-type]
@@ -236,5 +237,21 @@ def test_pool_refuses_what_it_must_not_hold() -> None:
     with pytest.raises(LeapError, match="belongs to another pool"):
         Pool(items[:19], tests).load_state(pool.state())
     assert not other.labelled, "a refused state changes nothing"
-    with pytest.raises(ValueError, match="features of all 16 unlabelled items, got 20"):
+    with pytest.raises(ValueError, match="features of all 16 candidates, got 20"):
         pool.select(4, Acquisition(), features(20))
+
+
+def test_few_candidates_are_judged_and_every_batch_is_of_them() -> None:
+    task = load_task("toy-gsm")
+    pool = Pool(task.items("train", 60), [])
+    how, seen = Acquisition(candidates=3), list[tuple[str, ...]]()
+    for number in range(3):
+        found = pool.candidates(8, how, seed=1)
+        assert found == pool.candidates(8, how, seed=1) and len(found) == 24
+        seen.append(tuple(item.id for item in found))
+        batch = pool.select(8, how, features(24, number), seed=1)
+        assert {item.id for item in batch} <= set(seen[-1])
+        with pytest.raises(ValueError, match="all 24 candidates, got 60"):
+            pool.select(8, how, features(60), seed=1)
+    assert len(set(seen)) == 3, "each batch has candidates of its own"
+    assert len(pool.candidates(20, how)) == len(pool.unlabelled), "too few for three each: all of them"

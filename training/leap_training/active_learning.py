@@ -45,6 +45,7 @@ class Acquisition:
         div_coef: η of eq. 17.
         al_temperature: T of eq. 16.
         random_share: part of every batch that is drawn at random instead, in [0, 1].
+        candidates: items that are judged for each one chosen, drawn anew for every batch; 0 judges the whole pool.
         answer_tokens: how far "answer" decodes.
     """
 
@@ -55,6 +56,7 @@ class Acquisition:
     div_coef: float = 1.0
     al_temperature: float = 1.0
     random_share: float = 0.0
+    candidates: int = 0
     answer_tokens: int = 32
 
     def __post_init__(self) -> None:
@@ -69,6 +71,8 @@ class Acquisition:
             raise UsageError("al_temperature", f"is {self.al_temperature}", "give a number above 0")
         if not 0 <= self.random_share <= 1:
             raise UsageError("random_share", f"is {self.random_share}", "give a number in [0, 1]")
+        if self.candidates < 0:
+            raise UsageError("candidates", f"is {self.candidates}", "give at least 1, or 0 for the whole pool")
         if self.answer_tokens < 1:
             raise UsageError("answer_tokens", f"is {self.answer_tokens}", "give at least 1")
 
@@ -297,9 +301,17 @@ class Pool:
 
     @property
     def unlabelled(self) -> list[Item]:
-        """What is left, in the pool's own order; ``features`` of select() must be theirs."""
+        """What is left, in the pool's own order."""
         used = {key for batch in self._rounds for key in batch}
         return [item for key, item in self._items.items() if key not in used]
+
+    def candidates(self, k: int, how: Acquisition, seed: int = 0) -> list[Item]:
+        """The unlabelled items that the next batch of ``k`` is chosen from, in the pool's order."""
+        left = self.unlabelled
+        if not how.candidates or k * how.candidates >= len(left):
+            return left
+        random = np.random.default_rng([seed, self.rounds, 1])
+        return [left[i] for i in np.sort(random.choice(len(left), k * how.candidates, replace=False))]
 
     def select(self, k: int, how: Acquisition, features: Features | None = None, seed: int = 0) -> list[Item]:
         """Move ``k`` items (or all that are left) to the labelled ones, and return them as one round's batch.
@@ -307,7 +319,7 @@ class Pool:
         Args:
             k: size of the batch, B.
             how: the strategy; "random" needs no features.
-            features: collect() of ``unlabelled``, under the model as it is now.
+            features: collect() of ``candidates``, under the model as it is now.
             seed: of random strategies; each round draws its own numbers from it.
         """
         left = self.unlabelled
@@ -317,10 +329,11 @@ class Pool:
         if how.strategy == "random":
             random = np.random.default_rng([seed, self.rounds])
             indices = sorted(int(i) for i in random.choice(len(left), min(k, len(left)), replace=False))
-        elif features is None or len(features.u) != len(left):
-            seen = "none" if features is None else len(features.u)
-            raise ValueError(f"active learning needs features of all {len(left)} unlabelled items, got {seen}")
         else:
+            left = self.candidates(k, how, seed)
+            if features is None or len(features.u) != len(left):
+                seen = "none" if features is None else len(features.u)
+                raise ValueError(f"active learning needs features of all {len(left)} candidates, got {seen}")
             indices = select(features, k, how, seed + self.rounds)
         batch = [left[i] for i in indices]
         self._rounds.append([fingerprint(item) for item in batch])

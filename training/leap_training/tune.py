@@ -246,9 +246,11 @@ class Tuner:
             if report is not None:
                 report(self.progress.tick, self.total, f"scoring the pool, {done} of {total}")
 
+        labels, seed = self.config.labels, self.config.seed
         if how.strategy != "random":
-            features = collect(self.model, self.tokenizer, self.pool.unlabelled, how, progress=show)
-        self.pool.select(self.config.labels, how, features, self.config.seed)
+            candidates = self.pool.candidates(labels, how, seed)
+            features = collect(self.model, self.tokenizer, candidates, how, progress=show)
+        self.pool.select(labels, how, features, seed)
 
     def _minibatch(self, number: int, place: int) -> list[Item]:
         """The items of a step: labelled items in an order that is shuffled anew each epoch of each round."""
