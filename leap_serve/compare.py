@@ -84,9 +84,13 @@ def compare(url: str, models: Sequence[str], prompts: Sequence[str], asking: Ask
         raise UsageError(
             "--rounds", f"{rounds} of {len(models)} models, {len(prompts)} prompts", "give 1 or more of each"
         )
+    if not (asking.api_key or "").isascii():
+        raise UsageError("--api-key", "holds letters that no header can", "give the server's key")
     headers = {"Authorization": f"Bearer {asking.api_key}"} if asking.api_key else {}
     root = url.rstrip("/").removesuffix("/v1")
-    with httpx.Client(base_url=root, headers=headers, timeout=asking.timeout_s) as client:
+    with _as_leap_errors(root):
+        connection = httpx.Client(base_url=root, headers=headers, timeout=asking.timeout_s)
+    with connection as client:
         served = {name: _served(client, name) for name in models}
         for name in served.values():
             _ask(client, name, prompts[0], Asking(1, 0.0, asking.chat))
@@ -112,7 +116,7 @@ def _typical(answers: Sequence[Answer]) -> Answer:
 
 def _served(client: httpx.Client, name: str) -> str:
     """Return the name to ask for; raises LeapError with the names there are."""
-    with _as_leap_errors(client):
+    with _as_leap_errors(str(client.base_url)):
         cards = _checked(client.get("/v1/models")).json()["data"]
         names = [str(card["id"]) for card in cards]
         roots = [str(card["id"]) for card in cards if not card.get("parent")]
@@ -133,7 +137,7 @@ def _ask(client: httpx.Client, model: str, prompt: str, asking: Asking) -> Answe
     text, reason, usage, first = "", "", {"prompt_tokens": 0, "completion_tokens": 0}, None
     began = time.perf_counter()
     path = "/v1/chat/completions" if asking.chat else "/v1/completions"
-    with _as_leap_errors(client), client.stream("POST", path, json=body) as answer:
+    with _as_leap_errors(str(client.base_url)), client.stream("POST", path, json=body) as answer:
         if answer.is_error:
             answer.read()
         for event in _events(_checked(answer)):
@@ -175,9 +179,8 @@ def _reason(answer: httpx.Response) -> str:
 
 
 @contextlib.contextmanager
-def _as_leap_errors(client: httpx.Client) -> Iterator[None]:
-    """Turn what a network does into a sentence, and answers that are no OpenAI server's."""
-    where = str(client.base_url)
+def _as_leap_errors(where: str) -> Iterator[None]:
+    """Turn what a network does into a sentence, and URLs that are none, and answers that are no OpenAI server's."""
     try:
         yield
     except (httpx.HTTPError, httpx.InvalidURL) as error:

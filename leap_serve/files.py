@@ -22,7 +22,10 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(path, "the file does not exist", "check the path") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, RecursionError) as error:
+        raise CheckpointError(path, f"cannot be read ({type(error).__name__})", "restore the file") from None
+    except ValueError as error:
+        # Not only JSONDecodeError and UnicodeDecodeError: a number of 5,000 digits is a ValueError, too.
         raise CheckpointError(path, f"not valid JSON ({error})", "restore the file or make it again") from None
 
 

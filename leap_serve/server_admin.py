@@ -119,7 +119,8 @@ def guarded(key: str) -> type[APIRoute]:
             answer = super().get_route_handler()
 
             async def handle(request: Request) -> Response:
-                given = hashlib.sha256(request.headers.get(ADMIN_HEADER, "").encode()).digest()
+                # Bytes of a header come as Latin-1: so they are what was sent, and a key may be any UTF-8.
+                given = hashlib.sha256(request.headers.get(ADMIN_HEADER, "").encode("latin-1")).digest()
                 if not secrets.compare_digest(given, digest):
                     return refusal(401, f"send the admin key in {ADMIN_HEADER}", "UnauthorizedError")
                 try:

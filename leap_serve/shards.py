@@ -18,10 +18,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object; CheckpointError naming the file where it is none."""
-    try:
-        value = read_json(path)
-    except (OSError, RecursionError) as error:
-        raise CheckpointError(path, f"cannot be read ({type(error).__name__})", "restore the file") from None
+    value = read_json(path)
     if not isinstance(value, dict):
         raise CheckpointError(path, f"holds a JSON {type(value).__name__}, not an object", "restore the file")
     return value

@@ -6,6 +6,7 @@ What can be known before an engine runs: where a specialist comes from, that it 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ def read_specialist(name: str, path: Path, base: Base) -> Specialist:
     plan = plan_from(stated, file, base)
     head = None
     if file.name == MANIFEST:
-        _check_untouched_experts(file, stated)
+        _check_untouched_experts(file)
         if (file.parent / ROUTER_HEAD).exists():
             head = read_head(file.parent / ROUTER_HEAD, plan, base)
     return Specialist(name, plan, head, file.absolute())
@@ -119,6 +120,7 @@ def read_specialist(name: str, path: Path, base: Base) -> Specialist:
 def plan_from(stated: Any, where: object, base: Base) -> Plan:
     """Parse the JSON of a plan and check that it fits the model; scores, which only explain it, are left out."""
     if isinstance(stated, dict):
+        _check_not_exported(stated, where)
         origin = stated.get("made_by")
         stated = {**stated, "scores": {}, "made_by": origin if isinstance(origin, dict) else {}}
     try:
@@ -130,6 +132,7 @@ def plan_from(stated: Any, where: object, base: Base) -> Plan:
     except LeapError as error:
         at = where if error.where == "plan 0" else error.where
         raise type(error)(at, error.what, error.remedy) from None
+    _check_can_be_kept(plan, where)
     return plan
 
 
@@ -176,6 +179,9 @@ def write_state(path: Path, base: Base, specialists: Sequence[Specialist]) -> No
         write_json(path, {"format_version": STATE_VERSION, "model": model, "specialists": rows, "made_by": made_by()})
     except OSError as error:
         raise LeapError(path, f"cannot be written ({error.strerror})", "check the disk and the folder") from None
+    except (ValueError, RecursionError) as error:
+        what = f"cannot hold what it should ({type(error).__name__})"
+        raise LeapError(path, what, "load it from a path that is plain text") from None
 
 
 def read_state(path: Path, base: Base) -> list[Specialist]:
@@ -217,16 +223,29 @@ def _plan_file(path: Path) -> Path:
     return file
 
 
-def _check_untouched_experts(manifest: Path, stated: Mapping[str, Any]) -> None:
+def _check_untouched_experts(manifest: Path) -> None:
     """Raise UnsupportedError where the cut's experts are no longer the base's."""
-    own_server = f"serve it on its own: leap serve {manifest.parent}"
     if (manifest.parent / ADAPTER_FOLDER).exists():
         what = "adapts the experts, which specialists share with the base"
-        raise UnsupportedError(manifest.parent / ADAPTER_FOLDER, what, own_server)
+        raise UnsupportedError(
+            manifest.parent / ADAPTER_FOLDER, what, f"serve it on its own: leap serve {manifest.parent}"
+        )
+
+
+def _check_not_exported(stated: Mapping[str, Any], where: object) -> None:
+    """Raise UnsupportedError where this is leap.json of an exported checkpoint, under whatever name it came."""
     checkpoint = stated.get("checkpoint")
     if isinstance(checkpoint, dict) and checkpoint.get("exported"):
         what = "was exported: what tuning learned is in its weights, which are not the base's"
-        raise UnsupportedError(manifest, what, own_server)
+        raise UnsupportedError(where, what, "serve that checkpoint on its own, with leap serve")
+
+
+def _check_can_be_kept(plan: Plan, where: object) -> None:
+    """Raise PlanError where a state file could not hold the plan: JSON can name characters that UTF-8 has not."""
+    try:
+        json.dumps([[[plan.to_json()]]], indent=1, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise PlanError(where, f"holds what no file can ({type(error).__name__})", "make it again") from None
 
 
 def _routers(checkpoint: Checkpoint) -> dict[str, TensorEntry]:

@@ -25,13 +25,18 @@ def test_json_round_trip_and_mode(tmp_path: Path) -> None:
     assert names(tmp_path / "deep") == ["a.json"]
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"", b"9" * 5000], ids=range(4))
 def test_bad_json_names_the_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"bad\.json: not valid JSON"):
         read_json(tmp_path / "bad.json")
     with pytest.raises(CheckpointError, match="does not exist"):
         read_json(tmp_path / "none.json")
+    with pytest.raises(CheckpointError, match=r"cannot be read \(IsADirectoryError\)"):
+        read_json(tmp_path)
+    (tmp_path / "deep.json").write_bytes(b"[" * 200_000)
+    with pytest.raises(CheckpointError, match=r"deep\.json: cannot be read \(RecursionError\)"):
+        read_json(tmp_path / "deep.json")
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
