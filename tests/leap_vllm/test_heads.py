@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
 
 from leap_serve.errors import LeapError
 from leap_vllm.heads import HeadTable, LayerHead, read_heads
-from leap_vllm.subsets import LayerTable
+from leap_vllm.subsets import MAX_SLOTS, LayerTable, Subsets
 
 E, H, T, K = 8, 16, 40, 4
 HEADS: dict[int, tuple[list[int], LayerHead]] = {
@@ -90,6 +91,24 @@ def test_files_that_are_no_head_of_the_plan() -> None:
     for name in ("layers.5.weight", "layers.4.bias", "lm_head.weight"):
         with pytest.raises(LeapError, match=name):
             read_heads(save({**good, name: torch.ones(2)}), plan, "head")
+
+
+def test_a_slot_keeps_no_layer_of_the_head_before() -> None:
+    subsets, cpu = Subsets.__new__(Subsets), torch.device("cpu")
+    subsets.layers, subsets._loaded, subsets._fixed, subsets._dtype = {0: None, 1: None}, set(), False, torch.float32
+    subsets._tables = {layer: LayerTable(E, K, cpu) for layer in subsets.layers}
+    subsets._heads = {layer: HeadTable(cpu) for layer in subsets.layers}
+    subsets._headed = np.zeros(MAX_SLOTS, dtype=bool)
+    ids, head = HEADS[2]
+    plan = dict.fromkeys(subsets.layers, (ids, 1, 1.0))
+    hidden, logits = torch.ones(T, H), torch.zeros(T, E)
+    changed = []
+    for layer in (0, 1):
+        subsets.put(2, plan, {layer: head})
+        changed.append(
+            [not torch.equal(table.logits(hidden, logits, {2: None}), logits) for table in subsets._heads.values()]
+        )
+    assert changed == [[True, False], [False, True]]
 
 
 def test_slots_are_written_one_at_a_time() -> None:

@@ -200,6 +200,7 @@ class Subsets:
                 "router head", "the engine runs CUDA graphs, which hold no routers but the model's",
                 "start it with --enforce-eager, or serve that specialist from its own cut",
             )  # fmt: skip
+        self._drop_head(slot)  # one before, or half of one that failed, may have had other layers
         for layer, table in self._tables.items():
             table.put(slot, plan[layer])
         for layer, head in heads.items():
