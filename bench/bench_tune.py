@@ -3,11 +3,13 @@
     python bench/bench_tune.py --what scores       # the whole pipeline at 16, 8 and 4 of 64, three tasks
     python bench/bench_tune.py --what baselines    # rivals under the same labels and steps, hard task, 8 of 64
     python bench/bench_tune.py --what parts        # each part left out
-    python bench/bench_tune.py --what labels       # 80 to 10,240 labels, active learning against random batches
+    python bench/bench_tune.py --what few          # the same rivals with a thousand labels
+    python bench/bench_tune.py --what labels       # 320 to 8,000 labels: random batches, eq. 15-17, doubt of the answer
     python bench/bench_tune.py --summary
 
-Every run takes 400 expert steps of 32 items, labelled in 5 rounds, at most 10,240 of them (the paper's 10 × 1,024): fixed
-before the first run. It starts from plans that bench/search_methods.py found (rows there; a seed's run takes that seed's
+Every run takes 400 expert steps of 32 items, labelled in 10 rounds, at most 10,240 of them (the paper's 10 × 1,024; those in
+5 rounds, since each scores most of the pool): fixed before the first run. "leap" chooses them by the paper's eq. 15-17,
+"answer-doubt" as `leap tune` does unless it is told otherwise. It starts from plans that bench/search_methods.py found (rows there; a seed's run takes that seed's
 plan), tunes, writes the checkpoint as `leap tune` does, and scores it on 1,024 test items in the vLLM engine, where the full
 model is scored, too.
 One row per (task, experts, method, labels, seed) in bench/results/tune.jsonl; a row that is there is not made again.
@@ -35,7 +37,7 @@ from leap_serve.plan import LayerPlan, Plan
 from leap_serve.statistics import bootstrap
 from leap_serve.tasks.registry import load_task
 from leap_serve.vllm_engine import VllmEngine
-from leap_training.active_learning import Acquisition
+from leap_training.active_learning import BY_ANSWER, Acquisition
 from leap_training.splits import validation_part
 from leap_training.tune import TuneConfig, TuneData, Tuner
 from leap_training.tune_result import keep_router, report_of, write_plain, write_tuned
@@ -43,12 +45,13 @@ from leap_training.tune_result import keep_router, report_of, write_plain, write
 RESULTS = Path(__file__).parent / "results" / "tune.jsonl"
 PLANS = Path(__file__).parent / "results" / "search_methods.jsonl"
 MODEL, TASKS, HARD = "leap-tiny", ("toy-gsm", "toy-code", "toy-xsum"), ("toy-gsm", 8)
-ROUNDS = 5
+ROUNDS, ROUNDS_OF_MOST = 10, 5
 RANDOM = Acquisition(strategy="random")
-OWN = TuneConfig(rounds=ROUNDS, patience=0)
+OWN = TuneConfig(patience=0, acquisition=Acquisition())
 RIVAL = replace(OWN, experts="full", rl_router=False, acquisition=RANDOM)
 METHODS = {
     "leap": OWN,
+    "answer-doubt": replace(OWN, acquisition=BY_ANSWER),
     "no-active-learning": replace(OWN, acquisition=RANDOM),
     "no-rl-router": replace(OWN, rl_router=False),
     "no-supervised-router": replace(OWN, supervised_router=False),
@@ -60,8 +63,10 @@ METHODS = {
     "kd": replace(RIVAL, distill="logits", teacher=MODEL),
     "kd-experts": replace(RIVAL, distill="experts", teacher=MODEL),
 }
+CHOICES = ("answer-doubt", "no-active-learning", "leap")
 PLAN_OF = {"vanilla": "frequency", "no-agent": "reap"}
-LEVELS = (80, 160, 320, 640, 1280, 2560, 5120)
+FEW, LEVELS, MORE = 1000, (320, 640, 1000, 2000), (4000, 8000)
+"""Labels: of the rivals' second comparison, of all three ways to choose, and of "leap" besides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +116,11 @@ def planned(
             ),
         ):
             runs += [Run(*HARD, method, most, seed) for method in methods if question in what]
+        if "few" in what:
+            runs += [Run(*HARD, method, FEW, seed) for method in (*CHOICES, "vanilla", "full", "kd", "kd-experts")]
         if "labels" in what:
-            for level, method in itertools.product((*LEVELS, most), ("leap", "no-active-learning")):
-                runs.append(Run(*HARD, method, level, seed))
+            runs += [Run(*HARD, method, level, seed) for level, method in itertools.product(LEVELS, CHOICES)]
+            runs += [Run(*HARD, "leap", level, seed) for level in MORE]
     return list(dict.fromkeys(runs))
 
 
@@ -172,7 +179,8 @@ def tune(folder: Path, run: Run, config: TuneConfig, size: Size, out: Path) -> d
 
 def settings(run: Run, size: Size) -> TuneConfig:
     """The method's settings, with the labels asked for dealt over its rounds."""
-    return replace(METHODS[run.method], labels=run.labels // ROUNDS, steps=size.steps, seed=run.seed)
+    rounds = ROUNDS_OF_MOST if run.labels == size.labels else ROUNDS
+    return replace(METHODS[run.method], rounds=rounds, labels=run.labels // rounds, steps=size.steps, seed=run.seed)
 
 
 def measure(run: Run, rows: Sequence[dict[str, Any]], size: Size, work: Path) -> dict[str, Any]:
@@ -219,7 +227,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    questions = ("scores", "baselines", "parts", "labels")
+    questions = ("scores", "baselines", "parts", "few", "labels")
     parser.add_argument("--what", nargs="+", choices=questions, default=questions)
     parser.add_argument("--experts", type=int, nargs="+", default=[16, 8, 4])
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))

@@ -20,7 +20,7 @@ sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 from table_readers.lexi import lexi_claims, lexi_quality, lexi_sensitivity, memory, skipping
 from table_readers.methods import agent_effect, comparison, llama4_methods, llama4_scaling
 from table_readers.rows import Rows, Table
-from table_readers.tuning import labels_needed, parts, rivals, scaling
+from table_readers.tuning import curve, labels_needed, parts, rivals, scaling
 
 RESULTS = Path(__file__).parent / "results"
 INTRO = """\
@@ -32,7 +32,7 @@ row fills is empty, and its reason stands below the table. What a paper claims s
 other models on other hardware, copied from the paper, not measured here.
 """
 TABLES: tuple[Callable[[Rows], Table], ...] = (
-    scaling, comparison, llama4_scaling, llama4_methods, agent_effect, labels_needed, parts, rivals,
+    scaling, comparison, llama4_scaling, llama4_methods, agent_effect, labels_needed, curve, parts, rivals,
     lexi_quality, lexi_claims, lexi_sensitivity, skipping, memory,
 )  # fmt: skip
 

@@ -48,9 +48,8 @@ class Storm:
     wrong: list[str] = field(default_factory=list)
     guests: int = 0
 
-    async def one(self) -> None:
-        """Ask one thing of a kind that is drawn."""
-        kind = self.draw.choices(list(DEAL), list(DEAL.values()))[0]
+    async def one(self, kind: str) -> None:
+        """Ask one thing of a kind."""
         kinds: dict[str, Callable[[], Awaitable[None]]] = {
             "whole": self._whole, "stream": self._stream, "hang up": self._hang_up, "guest": self._guest,
             "unknown": self._unknown, "malformed": self._malformed, "oversize": self._oversize, "forged": self._forged,
@@ -161,11 +160,14 @@ def rage(shared: Shared, requests: int, concurrency: int, seed: int = 0) -> Stor
         )
         async with httpx.AsyncClient(**how) as client, httpx.AsyncClient(**how) as rude:
             storm = Storm(shared, client, rude, random.Random(seed), right)
-            left = iter(range(requests))
+            # Dealt beforehand, each kind at least once: what is drawn later depends on who is answered first.
+            deal = [*DEAL, *storm.draw.choices(list(DEAL), list(DEAL.values()), k=requests - len(DEAL))]
+            storm.draw.shuffle(deal)
+            left = iter(deal)
 
             async def work() -> None:
-                for _ in left:
-                    await storm.one()
+                for kind in left:
+                    await storm.one(kind)
 
             await asyncio.gather(*(work() for _ in range(concurrency)))
             return storm

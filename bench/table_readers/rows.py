@@ -17,7 +17,7 @@ from leap_serve.statistics import mean_of_few
 
 TINY, LLAMA4 = "leap-tiny", "runs/llama4-tiny/model"
 TASKS, HARD = ("toy-code", "toy-gsm", "toy-xsum"), ("toy-gsm", 8)
-EXPERTS, BATCH, MOST_LABELS = (64, 32, 16, 8, 4), 16, 10_240
+EXPERTS, BATCH, FEW, MOST_LABELS = (64, 32, 16, 8, 4), 16, 1000, 10_240
 EMPTY = "–"
 QUALITY = ("HumanEval", "GSM8K", "XSum R-L")
 CLAIMS: dict[str, dict[str, Any]] = json.loads(
@@ -26,6 +26,7 @@ CLAIMS: dict[str, dict[str, Any]] = json.loads(
 """What the papers print; shown only in columns named «paper's claim»."""
 NAMES = {
     "full-model": "full model", "leap": "LEAP (agent)", "reap": "REAP", "frequency": "frequency", "magnitude": "magnitude",
+    "answer-doubt": "LEAP, labels by doubt of the answer",
     "vanilla": "vanilla fine-tuning (frequency)", "full": "full fine-tuning of the retained", "kd": "logit KD",
     "kd-experts": "expert-wise KD", "no-rl-router": "without RL router", "no-active-learning": "without active learning",
     "no-lora": "without LoRA", "no-agent": "without the agent (REAP's plan)", "untuned": "LEAP (agent), untuned",

@@ -10,6 +10,7 @@ from table_readers.rows import (
     CLAIMS,
     EMPTY,
     EXPERTS,
+    FEW,
     HARD,
     MOST_LABELS,
     NAMES,
@@ -46,40 +47,65 @@ def scaling(rows: Rows) -> Table:
     )  # fmt: skip
 
 
+CHOICES = ("no-active-learning", "leap", "answer-doubt")
+"""Ways to choose what is labelled: at random, by the paper's eq. 15-17, and by our default."""
+
+
 def labels_needed(rows: Rows) -> Table:
     """LEAP's table 6: labels until a share of the full model's score is reached, random against active learning."""
     full = statistics.median(rows.full(HARD[0]) or [math.nan])
     body = []
     for text, claim in CLAIMS["leap_6"].items():
         share = float(text)
-        needed = [_labels(rows, method, share * full) for method in ("no-active-learning", "leap")]
+        needed = [_labels(rows, method, share * full) for method in CHOICES]
         body.append([f"{100 * share:.1f} % ({100 * share * full:.1f})", *needed, *claim])
     return Table(
         "LEAP, table 6: labels needed for a share of the full model's score",
-        f"leap-tiny, {HARD[0]}, {HARD[1]} of 64 experts, 400 steps however many labels; a level "
-        "counts as reached by the mean score over seeds, at the numbers of labels that were measured.",
-        ["share of the full score (score in %)", "random batches", "active learning",
+        f"leap-tiny, {HARD[0]}, {HARD[1]} of 64 experts, 400 steps however many labels; interpolated in the logarithm of the "
+        "labels between the mean scores over seeds.",
+        ["share of the full score (score in %)", "random batches", "active, eq. 15-17", "active, doubt of the answer",
          *claimed(["random", "active learning"])],
         body,
-        reason(body, 3, "no rows of bench_tune.py --what labels"),
+        reason(body, 4, "no rows of bench_tune.py --what labels"),
+    )  # fmt: skip
+
+
+def curve(rows: Rows) -> Table:
+    """Ours: the score against the number of labels, for each way to choose them."""
+    task, experts = HARD
+    levels = sorted({row["labels"] for row in rows.find("tune", task=task, experts=experts) if row["labels"]})
+    body = [
+        [f"{level:,}", *(over_seeds(rows.tuned(method, task, experts, level)) for method in CHOICES)]
+        for level in levels
+    ]
+    return Table(
+        "Score against the number of labels",
+        f"leap-tiny, {task}, {experts} of 64 experts, 400 steps however many labels; score in % on test items. Not in a paper.",
+        ["labels", "random batches", "active, eq. 15-17", "active, doubt of the answer"],
+        body,
+        reason(body, 4, "not measured: bench_tune.py --what labels"),
     )  # fmt: skip
 
 
 def _labels(rows: Rows, method: str, level: float) -> str:
-    """The fewest labels whose mean score reaches a level; otherwise the best score there is."""
+    """The labels at which the mean score reaches a level; otherwise the best score there is."""
     found: dict[int, list[float]] = {}
     for row in rows.find("tune", task=HARD[0], experts=HARD[1], method=method):
         found.setdefault(row["labels"], []).append(row["score"])
-    means = {labels: statistics.fmean(scores) for labels, scores in sorted(found.items())}
-    if not means:
-        return EMPTY
-    reached = [labels for labels, mean in means.items() if mean >= level]
-    least = min(map(len, found.values()))
+    least = min(map(len, found.values()), default=0)
     seeds = f"{least} seed{'s' if least > 1 else ''}"
-    if reached:
-        at_most = "≤ " if reached[0] == min(means) else ""
-        return f"{at_most}{reached[0]:,} ({seeds})"
-    return f"not reached with {max(means):,}: {100 * max(means.values()):.1f} % ({seeds})"
+    means = [(labels, statistics.fmean(scores)) for labels, scores in sorted(found.items())]
+    before: tuple[int, float] | None = None
+    for labels, mean in means:
+        if mean >= level:
+            if before is None:
+                return f"≤ {labels:,} ({seeds})"
+            part = (level - before[1]) / (mean - before[1])
+            return f"{before[0] * (labels / before[0]) ** part:,.0f} ({seeds})"
+        before = labels, mean
+    return (
+        f"not reached with {before[0]:,}: {100 * max(mean for _, mean in means):.1f} % ({seeds})" if before else EMPTY
+    )
 
 
 def parts(rows: Rows) -> Table:
@@ -106,12 +132,14 @@ def parts(rows: Rows) -> Table:
 def rivals(rows: Rows) -> Table:
     """Ours: baselines under the same labels and steps, on the hard task."""
     task, experts = HARD
+    methods = ("answer-doubt", "leap", "no-active-learning", "vanilla", "full", "kd", "kd-experts")
     body = [
-        [NAMES[method], over_seeds(rows.tuned(method, task, experts))]
-        for method in ("leap", "no-active-learning", "vanilla", "full", "kd", "kd-experts", "untuned")
+        [NAMES[method], *(over_seeds(rows.tuned(method, task, experts, n)) for n in (FEW, MOST_LABELS))]
+        for method in methods
     ]
     return Table(
         "Baselines under the same labels and steps",
-        f"leap-tiny, {task}, {experts} of 64 experts, 10,240 labels, 400 steps; score in % on test items. Not in a paper.",
-        ["method", f"{task} %"], body, reason(body, 2, "no rows of bench_tune.py --what baselines"),
+        f"leap-tiny, {task}, {experts} of 64 experts, 400 steps; score in % on test items. Not in a paper.",
+        ["method", f"{FEW:,} labels", f"{MOST_LABELS:,} labels"], body,
+        reason(body, 3, "not measured: bench_tune.py --what few baselines"),
     )  # fmt: skip

@@ -55,10 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--active-learning", action=argparse.BooleanOptionalAction,
         help="choose the items to label (default: on, off for humaneval and mbpp as in the paper); --no-: random batches",
     )  # fmt: skip
-    parts.add_argument("--uncertainty", default="entropy", choices=("entropy", "margin", "output", "answer", "none"))
-    parts.add_argument("--diversity", default="nearest", choices=("nearest", "k-means++", "none"))
     parts.add_argument(
-        "--candidates", type=int, default=0, help="items judged for each one chosen; default: 0, the whole pool"
+        "--uncertainty", default="answer", choices=("entropy", "margin", "output", "answer", "none"),
+        help="what makes an item worth its label; the paper: entropy, of the routers",
+    )  # fmt: skip
+    parts.add_argument(
+        "--diversity", default="k-means++", choices=("nearest", "k-means++", "none"), help="the paper: nearest"
+    )
+    parts.add_argument(
+        "--candidates", type=int, default=24, help="items judged for each one chosen; 0, as the paper: all"
     )
     parts.add_argument("--no-lora", action="store_true", help="the experts stay as they are")
     parts.add_argument("--baseline", choices=BASELINES, help="a rival under the same labels and steps; needs --out")

@@ -77,6 +77,11 @@ class Acquisition:
             raise UsageError("answer_tokens", f"is {self.answer_tokens}", "give at least 1")
 
 
+BY_ANSWER = Acquisition(uncertainty="answer", diversity="k-means++", candidates=24)
+"""What `leap tune` takes. On leap-tiny's hard task it was ahead of random batches with each of three plans, where eq. 15–17
+were behind them (dev/LOG.md). It decodes a greedy answer for each candidate."""
+
+
 class Features(NamedTuple):
     """What an Acquisition needs to know of N items: u(x) [N] float64 and h(x) [N, D] fp32 of length 1, on the CPU."""
 

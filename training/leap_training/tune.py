@@ -25,7 +25,7 @@ from leap_serve.encoding import items_sha256
 from leap_serve.errors import LeapError, UsageError
 from leap_serve.tasks.base import Item
 from leap_serve.torch_cut import load_model
-from leap_training.active_learning import Acquisition, Pool, collect
+from leap_training.active_learning import BY_ANSWER, Acquisition, Pool, collect
 from leap_training.adapters import wrap
 from leap_training.batches import Batch, collate, token_losses, use_fast_experts
 from leap_training.distill import Teacher
@@ -82,7 +82,7 @@ class TuneConfig:
     router_every: int = 4
     router: RouterConfig = field(default_factory=RouterConfig)
     exploration: Exploration = field(default_factory=Exploration)
-    acquisition: Acquisition = field(default_factory=Acquisition)
+    acquisition: Acquisition = BY_ANSWER
     patience: int = 3
     save_every: int = 100
     dtype: str = "float32"
