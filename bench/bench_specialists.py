@@ -5,7 +5,7 @@
 
 Two servers of the same model, on all the machine's cores but never asked at the same time: `stock` is vLLM
 without our plugin, `shared` has four specialists of a quarter of the experts each, one of them with a router
-head. Every round puts the same requests over HTTP to both, by turns, 32 at a time: to `stock` all for the model,
+head. Every round puts requests of the same lengths over HTTP to both, by turns, 32 at a time: to `stock` all for the model,
 to `shared` dealt over the model and its specialists (`mixed`), and again all for the model (`base`), which
 tells what the specialists' being there costs those who do not use them. Requests choose equally many experts
 per token everywhere, so that the work is the same. Pairs are compared as ratios of throughput per round.

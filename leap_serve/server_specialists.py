@@ -90,17 +90,23 @@ class Specialists:
         self._engine, self.base, self._names, self._adapter, self._state = engine, base, names, adapter, state
         self._loaded: dict[str, Loaded] = {}
         self._published: dict[str, Any] = {}
+        self._hidden: list[Specialist] = []
         self._lock = asyncio.Lock()
         self.counters = counters
         self.client = Client(engine, self)
 
     async def open(self, given: Sequence[Specialist], kept: Sequence[Specialist]) -> None:
-        """Hook the routers and load the specialists of the command line and of the state file; before any request."""
+        """Hook the routers and load the specialists of the command line and of the state file; before any request.
+
+        One of the state file whose name the command line gives to another stays in the file for a start without that.
+        """
         await self._rpc(str(self.base.checkpoint.folder), "leap_load_plans", [])
         for specialist in given:
             await self._load(specialist, kept=False)
         for specialist in kept:
-            if specialist.name not in self._loaded:
+            if specialist.name in self._loaded:
+                self._hidden.append(specialist)
+            else:
                 await self._load(specialist, kept=True, write=False)
 
     def publish(self, models: Any) -> None:
@@ -193,7 +199,7 @@ class Specialists:
         """Write the state file; specialists of the command line are not in it, nor those that are leaving."""
         if self._state is None:
             return
-        kept = [one.specialist for one in loaded if one.kept and one.leaving is None]
+        kept = [*self._hidden, *(one.specialist for one in loaded if one.kept and one.leaving is None)]
         try:
             await asyncio.to_thread(write_state, self._state, self.base, kept)
         except LeapError as error:

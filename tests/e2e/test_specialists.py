@@ -269,6 +269,35 @@ def test_what_does_not_fit_is_refused_with_the_reason(shared: Shared, family_che
     assert [{**one, "running": 0} for one in after["data"]] == [{**one, "running": 0} for one in before["data"]]
 
 
+def test_what_no_file_can_hold_is_refused_and_leaves_nothing(shared: Shared) -> None:
+    good = json.loads((shared.cuts["law"] / "leap.json").read_text())
+    json_type = {**ADMIN, "Content-Type": "application/json"}
+
+    def names() -> set[str]:
+        return {one["name"] for one in manage(shared, "GET").json()["data"]}
+
+    before = names()
+    for broken in ({"made_by": {"by": "\ud800"}}, {"base_model": {**good["base_model"], "id": "\ud800"}}):
+        content = json.dumps({"name": "kept", "plan": {**good, **broken}}).encode()
+        assert manage(shared, "POST", content=content, headers=json_type).status_code == 400
+    # A folder in the file's place: it cannot be written.
+    shared.state.unlink(missing_ok=True)
+    shared.state.mkdir()
+    body = {"name": "kept", "plan": {**good, "made_by": {}}}
+    assert manage(shared, "POST", json=body).status_code == 507
+    assert names() == before
+    shared.state.rmdir()
+    assert manage(shared, "POST", json=body).status_code == 201
+    assert "kept" in [one["name"] for one in json.loads(shared.state.read_text())["specialists"]]
+    shared.state.unlink()
+    shared.state.mkdir()
+    assert manage(shared, "DELETE", "/kept").status_code == 507
+    assert names() == {*before, "kept"} and ask(shared, "kept", SHORT).status_code == 200
+    shared.state.rmdir()
+    assert manage(shared, "DELETE", "/kept").json() == {"name": "kept", "state": "unloaded"}
+    assert names() == before
+
+
 def test_answers_and_speed_side_by_side(shared: Shared, capsys: pytest.CaptureFixture[str]) -> None:
     ask_for = ["--models", "base,math,code", "--prompt", SHORT, "--max-tokens", "6", "--rounds", "2", "--completion"]
     assert main(["compare", shared.server.url, *ask_for, "--json"]) == 0
@@ -390,6 +419,12 @@ def test_what_was_loaded_is_there_after_a_kill_and_a_restart(tmp_path: Path) -> 
         assert {name: said(second, name) for name in (BASE, "math", "tuned")} == {
             name: text for name, text in right.items() if name != "given"
         }
+    # The command line's math comes before the file's, which stays there.
+    with Server(model, [*flags, f"--specialist=math={cuts['law']}"], env) as third:
+        assert said(third, "math") == right["given"]
+        url = f"{third.url}/v1/leap/specialists/tuned"
+        assert httpx.delete(url, headers={**keys, **ADMIN}, timeout=60).status_code == 200
+    assert [one["name"] for one in json.loads(state.read_text())["specialists"]] == ["math"]
     with pytest.raises(LeapError, match="--admin-key: is the API key"):
         Server(model, flags, {**env, "LEAP_ADMIN_KEY": "sk-client"})
     with pytest.raises(LeapError, match="--enable-lora: goes with no specialists"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -54,10 +55,24 @@ def engine_scores(folder: Path, items: Sequence[Any]) -> list[Any]:
         engine.close()
 
 
-TWO_PROCESSES = [
-    sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0",
-]  # fmt: skip
-ENVIRONMENT = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def two_processes() -> list[str]:
+    """A launcher; `accelerate launch --cpu` starts one process whatever it is told, short of mpirun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
+        "--master_port", port,
+    ]  # fmt: skip
+
+
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONSAFEPATH": "1",
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "ACCELERATE_USE_CPU": "true",
+}
 
 
 def test_a_killed_run_continues_to_the_same_curve_and_two_processes_agree(even_cut: Path, tmp_path: Path) -> None:
@@ -83,7 +98,8 @@ def test_a_killed_run_continues_to_the_same_curve_and_two_processes_agree(even_c
     weights = [(folder / "adapter" / "adapter_model.safetensors").read_bytes()[-4096:] for folder in (whole, killed)]
     assert weights[0] == weights[1]
     # Accelerate, two processes on the CPU: the same items, half of them each, and so the same losses.
-    assert start(two, "three", TWO_PROCESSES).wait(timeout=300) == 0
+    assert start(two, "three", two_processes()).wait(timeout=300) == 0
+    assert [json.loads((out / "tune.json").read_text())["processes"] for out in (whole, two)] == [1, 2]
     for ours, theirs in zip(curve_of(two), curve_of(whole), strict=True):
         assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], abs=1e-4)
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=1e-4)
@@ -93,7 +109,7 @@ def test_a_killed_run_continues_to_the_same_curve_and_two_processes_agree(even_c
 def test_two_processes_roll_out_their_own_rows_and_learn_one_router(even_cut: Path, tmp_path: Path) -> None:
     """The value baseline and the routers move by both processes' samples; a process without rows is refused."""
     out = tmp_path / "two"
-    line = command(even_cut, "--router-warmup", "4", "-o", str(out), launcher=TWO_PROCESSES)
+    line = command(even_cut, "--router-warmup", "4", "-o", str(out), launcher=two_processes())
     assert subprocess.run(line, env=ENVIRONMENT, timeout=600).returncode == 0
     for row in curve_of(out):
         assert row["router"]["updates"] >= 1 and row["router"]["kl_sliced"] > 0

@@ -193,50 +193,6 @@ def client(base: Base, key: str = "right") -> TestClient:
     return TestClient(app)
 
 
-class Engine:
-    """Stands for vLLM's: remembers which slots are full."""
-
-    def __init__(self) -> None:
-        self.slots: set[int] = set()
-
-    async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[int]:
-        slot = args[0]
-        self.slots = self.slots | {slot} if method == "leap_put_plan" else self.slots - {slot}
-        return [1]
-
-
-def test_what_no_file_can_hold_is_refused_and_leaves_nothing(model: Path, base: Base, tmp_path: Path) -> None:
-    engine, state, app = Engine(), tmp_path / "folder" / "state", FastAPI()
-    specialists = Specialists(engine, base, ["m"], dict, Counters(CollectorRegistry()), state)
-    app.include_router(admin_router(specialists, "right"))
-    good = plan_of(model).to_json()
-    headers = {ADMIN_HEADER: "right", "Content-Type": "application/json"}
-    with TestClient(app, raise_server_exceptions=False) as asking:
-
-        def load(plan: dict[str, Any]) -> int:
-            body = json.dumps({"name": "a", "plan": plan}).encode()
-            return asking.post("/v1/leap/specialists", headers=headers, content=body).status_code
-
-        for broken in ({"made_by": {"by": "\ud800"}}, {"base_model": {**good["base_model"], "id": "\ud800"}}):
-            assert load({**good, **broken}) == 400
-            assert (engine.slots, state.exists()) == (set(), False)
-        state.mkdir(parents=True)
-        assert load(good) == 507
-        assert (engine.slots, specialists.all()) == (set(), [])
-        state.rmdir()
-        assert load(good) == 201
-        assert (engine.slots, [one["name"] for one in json.loads(state.read_text())["specialists"]]) == ({1}, ["a"])
-        # Where the file cannot be written, unloading changes nothing either.
-        state.unlink()
-        state.mkdir()
-        url = "/v1/leap/specialists/a"
-        assert asking.delete(url, headers=headers).status_code == 507
-        assert specialists.get("a") is not None
-        state.rmdir()
-        assert asking.delete(url, headers=headers).json() == {"name": "a", "state": "unloaded"}
-        assert (engine.slots, json.loads(state.read_text())["specialists"]) == (set(), [])
-
-
 def test_an_admin_key_may_be_any_text(base: Base) -> None:
     asking, key = client(base, "clé"), ADMIN_HEADER.encode()
     for sent, status in (("clé".encode(), 200), (b"cle", 401), ("clè".encode(), 401)):

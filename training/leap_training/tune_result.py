@@ -72,6 +72,7 @@ def report_of(tuner: Tuner, router: Mapping[str, Any] | None, before: float, **m
         "data_sha256": tuner.data.sha256, "validation_loss_before": before, "curve": progress.curve,
         "best_round": progress.best + 1, "stopped_early": progress.stopped, "router": router,
         "fingerprint": tuner.checkpoint.plan.fingerprint if tuner.checkpoint.plan else None,
+        "processes": tuner.accelerator.num_processes,
         "made_by": made_by(**more), "versions": versions(),
     }  # fmt: skip
 
