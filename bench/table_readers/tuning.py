@@ -108,18 +108,28 @@ def _labels(rows: Rows, method: str, level: float) -> str:
     )
 
 
+def _less(rows: Rows, method: str, reference: str, labels: int) -> str:
+    """How many points a method has more than a reference on the hard task, paired by seed."""
+    scores = [
+        {
+            row["seed"]: row["score"]
+            for row in rows.find("tune", task=HARD[0], experts=HARD[1], method=one, labels=labels)
+        }
+        for one in (method, reference)
+    ]
+    if method == reference:
+        return "reference" if scores[0] else EMPTY
+    return over_seeds([scores[0][seed] - scores[1][seed] for seed in scores[0].keys() & scores[1].keys()], -1.0)
+
+
 def parts(rows: Rows) -> Table:
     """LEAP's table 7: each part removed; differences are paired by seed."""
     task, experts = HARD
-    own = {row["seed"]: row["score"] for row in rows.find("tune", task=task, experts=experts, method="leap")
-           if row["labels"] == MOST_LABELS}  # fmt: skip
-    body = []
-    for method in ("leap", "no-rl-router", "no-active-learning", "no-lora", "no-agent"):
-        found = {row["seed"]: row["score"] for row in rows.find("tune", task=task, experts=experts, method=method)
-                 if row["labels"] == MOST_LABELS}  # fmt: skip
-        less = [found[seed] - own[seed] for seed in found if seed in own and method != "leap"]
-        body.append([NAMES[method] if method != "leap" else "all parts", over_seeds(list(found.values())),
-                     "reference" if method == "leap" else over_seeds(less, -1.0), *CLAIMS["leap_7"].get(method, (EMPTY,) * 3)])  # fmt: skip
+    body = [
+        [NAMES[method] if method != "leap" else "all parts", over_seeds(rows.tuned(method, task, experts)),
+         _less(rows, method, "leap", MOST_LABELS), *CLAIMS["leap_7"].get(method, (EMPTY,) * 3)]
+        for method in ("leap", "no-rl-router", "no-active-learning", "no-lora", "no-agent")
+    ]  # fmt: skip
     return Table(
         "LEAP, table 7: each part removed",
         f"leap-tiny, {task}, {experts} of 64 experts, 10,240 labels, 400 steps; score in % on test items.",
@@ -134,12 +144,13 @@ def rivals(rows: Rows) -> Table:
     task, experts = HARD
     methods = ("answer-doubt", "leap", "no-active-learning", "vanilla", "full", "kd", "kd-experts")
     body = [
-        [NAMES[method], *(over_seeds(rows.tuned(method, task, experts, n)) for n in (FEW, MOST_LABELS))]
+        [NAMES[method], over_seeds(rows.tuned(method, task, experts, FEW)), _less(rows, method, "answer-doubt", FEW),
+         over_seeds(rows.tuned(method, task, experts)), _less(rows, method, "leap", MOST_LABELS)]
         for method in methods
-    ]
+    ]  # fmt: skip
     return Table(
         "Baselines under the same labels and steps",
-        f"leap-tiny, {task}, {experts} of 64 experts, 400 steps; score in % on test items. Not in a paper.",
-        ["method", f"{FEW:,} labels", f"{MOST_LABELS:,} labels"], body,
-        reason(body, 3, "not measured: bench_tune.py --what few baselines"),
+        f"leap-tiny, {task}, {experts} of 64 experts, 400 steps; score in % on test items, differences paired by seed. Not in a paper.",
+        ["method", f"{FEW:,} labels", "less the first, points", f"{MOST_LABELS:,} labels", "less LEAP (agent), points"], body,
+        reason(body, 5, "not measured: bench_tune.py --what few baselines"),
     )  # fmt: skip
