@@ -14,10 +14,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from leap_serve.bench import Contender, compare, measure_rounds, opened, stamped
+from leap_serve.bench.contenders import Contender, compare, measure_rounds, opened, stamped
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli.console import progress_bar, table
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
 from leap_serve.files import append_jsonl
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.workload import Workload

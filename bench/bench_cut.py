@@ -35,7 +35,7 @@ HIDDEN, INNER, EXPERTS, TOP_K = 2048, 768, 64, 8  # the matrices of Qwen3-30B-A3
 CUT = """
 import json, resource, sys, time
 from pathlib import Path
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
 from leap_serve.plan import Plan
 plan = Plan.load(Path(sys.argv[2]))
 began = time.perf_counter()

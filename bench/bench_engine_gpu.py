@@ -28,7 +28,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from leap_serve.bench import stamped
+from leap_serve.bench.contenders import stamped
 from leap_serve.checkpoint import FINGERPRINT_KEY, MANIFEST, Checkpoint, resolve_model
 from leap_serve.cli.console import table
 from leap_serve.files import append_jsonl, new_folder, read_jsonl, write_json
@@ -121,7 +121,7 @@ def write_sparse(folder: Path, settings: dict[str, Any], counts: Sequence[int]) 
 
 def child(folder: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Open one engine and measure all batches; runs in a process of its own."""
-    from leap_serve.vllm_engine import VllmEngine
+    from leap_serve.engines.vllm_engine import VllmEngine
     from leap_serve.workload import Workload
 
     engine = VllmEngine(folder, dtype=settings["dtype"], load_format="dummy", **settings["engine"])

@@ -22,17 +22,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from leap_serve.bench import stamped
+from leap_serve.bench.contenders import stamped
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli.console import progress_bar, table
 from leap_serve.engine import mean_esp
+from leap_serve.engines.vllm_engine import VllmEngine
 from leap_serve.files import append_jsonl
 from leap_serve.measure import ratio, summary
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.profile import Profile
 from leap_serve.tasks.base import Item
 from leap_serve.tasks.registry import TASKS, load_task
-from leap_serve.vllm_engine import VllmEngine
 from leap_serve.workload import Workload
 from leap_training.latency import LatencyModel, calibrate, compare, sample_plans
 from leap_training.pruning_agent import AgentConfig, search

@@ -26,10 +26,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from leap_serve.bench import Contender, compare, measure_rounds, opened, stamped
+from leap_serve.bench.contenders import Contender, compare, measure_rounds, opened, stamped
 from leap_serve.checkpoint import Checkpoint, resolve_model, width_of
 from leap_serve.cli.console import progress_bar, say, table
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
 from leap_serve.files import append_jsonl, read_jsonl
 from leap_serve.flops import parameters
 from leap_serve.plan import LayerPlan, Plan

@@ -20,17 +20,17 @@ from typing import Any
 
 import numpy as np
 
-from leap_serve.bench import stamped
+from leap_serve.bench.contenders import stamped
 from leap_serve.checkpoint import resolve_model
 from leap_serve.cli.console import table
-from leap_serve.cut import cut
-from leap_serve.evaluate import evaluate
+from leap_serve.cut.write import cut
+from leap_serve.engines.torch_engine import TorchEngine
+from leap_serve.evaluation.evaluate import evaluate
 from leap_serve.files import append_jsonl, read_jsonl
 from leap_serve.plan import Plan
 from leap_serve.profile import Profile
 from leap_serve.tasks.base import Item
 from leap_serve.tasks.registry import load_task
-from leap_serve.torch_engine import TorchEngine
 from leap_training.controls import Given, evolution
 from leap_training.finetune import FinetuneConfig, finetune
 from leap_training.lookahead import LookAhead, finalists, second_stage

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from leap_serve.bench import stamped
+from leap_serve.bench.contenders import stamped
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli.console import say, table
 from leap_serve.files import append_jsonl, read_jsonl

@@ -28,18 +28,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from leap_serve.bench import stamped
+from leap_serve.bench.contenders import stamped
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli import main as leap
 from leap_serve.cli.console import say, table
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
+from leap_serve.engines.vllm_engine import VllmEngine
 from leap_serve.errors import LeapError
-from leap_serve.evaluate import evaluate
+from leap_serve.evaluation.evaluate import evaluate
 from leap_serve.files import append_jsonl, read_json, read_jsonl, write_json
 from leap_serve.flops import parameters
 from leap_serve.plan import Plan
 from leap_serve.tasks.registry import load_task
-from leap_serve.vllm_engine import VllmEngine
 from leap_training.finetune import FinetuneConfig, finetune
 
 RESULTS = Path(__file__).parent / "results" / "methods.jsonl"

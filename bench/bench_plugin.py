@@ -15,10 +15,10 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from leap_serve.bench import Contender, compare, measure_rounds, opened, stamped
+from leap_serve.bench.contenders import Contender, compare, measure_rounds, opened, stamped
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli.console import progress_bar, table
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
 from leap_serve.files import append_jsonl
 from leap_serve.measure import Sample
 from leap_serve.plan import LayerPlan, Plan

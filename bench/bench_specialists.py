@@ -30,15 +30,15 @@ from typing import Any
 import httpx
 
 from leap_serve.adapter import RouterHead, write_overlays
-from leap_serve.bench import stamped
+from leap_serve.bench.contenders import stamped
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli.console import table
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
 from leap_serve.files import append_jsonl
-from leap_serve.launch import Server
 from leap_serve.measure import ratio, summary
 from leap_serve.plan import LayerPlan, Plan
-from leap_serve.server_admin import ADMIN_HEADER
+from leap_serve.server.admin import ADMIN_HEADER
+from leap_serve.server.launch import Server
 from leap_serve.workload import vocabulary_of
 
 RESULTS = Path(__file__).parent / "results" / "specialists.jsonl"

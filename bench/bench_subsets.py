@@ -20,16 +20,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from leap_serve.bench import stamped
+from leap_serve.bench.contenders import stamped
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli.console import table
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
+from leap_serve.engines.vllm_engine import VllmEngine
+from leap_serve.engines.vllm_plans import MAX_PLANS, Subset
 from leap_serve.files import append_jsonl
 from leap_serve.measure import ratio, summary
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.tasks.registry import TASKS, load_task
-from leap_serve.vllm_engine import VllmEngine
-from leap_serve.vllm_plans import MAX_PLANS, Subset
 
 RESULTS = Path(__file__).parent / "results" / "subsets.jsonl"
 SETTINGS = ("stock", "hooked", "mixed")

@@ -14,14 +14,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from leap_serve.bench import stamped
+from leap_serve.bench.contenders import stamped
 from leap_serve.checkpoint import resolve_model
 from leap_serve.cli.console import progress_bar, table
-from leap_serve.cut import cut
-from leap_serve.evaluate import evaluate
+from leap_serve.cut.write import cut
+from leap_serve.engines.vllm_engine import VllmEngine
+from leap_serve.evaluation.evaluate import evaluate
 from leap_serve.files import append_jsonl
 from leap_serve.tasks.registry import TASKS, load_task
-from leap_serve.vllm_engine import VllmEngine
 from leap_training.finetune import FinetuneConfig, finetune
 from leap_training.saliency import Routing, allocate, scores
 

@@ -27,16 +27,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from leap_serve.bench import stamped
+from leap_serve.bench.contenders import stamped
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli.console import say, table
-from leap_serve.cut import cut
-from leap_serve.evaluate import evaluate
+from leap_serve.cut.write import cut
+from leap_serve.engines.vllm_engine import VllmEngine
+from leap_serve.evaluation.evaluate import evaluate
 from leap_serve.files import append_jsonl, read_jsonl
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.statistics import bootstrap
 from leap_serve.tasks.registry import load_task
-from leap_serve.vllm_engine import VllmEngine
 from leap_training.active_learning import BY_ANSWER, Acquisition
 from leap_training.splits import validation_part
 from leap_training.tune import TuneConfig, TuneData, Tuner

@@ -28,16 +28,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from leap_serve.bench import stamped
+from leap_serve.bench.contenders import stamped
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli.console import say, table
 from leap_serve.engine import mean_loss
-from leap_serve.evaluate import evaluate
+from leap_serve.engines.vllm_engine import VllmEngine
+from leap_serve.evaluation.evaluate import evaluate
 from leap_serve.files import append_jsonl, read_jsonl
 from leap_serve.profile import Profile
 from leap_serve.statistics import mean_of_few
 from leap_serve.tasks.registry import load_task
-from leap_serve.vllm_engine import VllmEngine
 from leap_training.controls import SEARCHES, Given, Material, esp_evaluator
 from leap_training.pruning_agent import AgentConfig, best_ranking, search
 from leap_training.pruning_space import Ledger, PruningSpace, engine_evaluator

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from leap_serve.checkpoint import FINGERPRINT_KEY, Checkpoint, check_cut
 from leap_serve.errors import CheckpointError, LeapError
 from leap_serve.files import new_folder, read_json, write_bytes, write_json
-from leap_serve.overlays import ADAPTER, ADAPTER_CONFIG, ADAPTER_FOLDER, ROUTER_HEAD, read_factors, router_rows
-from leap_serve.tensorfile import Piece, read_header, write_tensors
+from leap_serve.weights.overlays import ADAPTER, ADAPTER_CONFIG, ADAPTER_FOLDER, ROUTER_HEAD, read_factors, router_rows
+from leap_serve.weights.tensorfile import Piece, read_header, write_tensors
 
 if TYPE_CHECKING:
     import torch

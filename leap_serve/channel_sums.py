@@ -15,8 +15,8 @@ from safetensors import safe_open
 from leap_serve.architectures import text_config
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.errors import UnsupportedError
-from leap_serve.overlays import MERGEABLE, part_of_expert
-from leap_serve.tensorfile import TensorEntry
+from leap_serve.weights.overlays import MERGEABLE, part_of_expert
+from leap_serve.weights.tensorfile import TensorEntry
 
 
 def check_channels(checkpoint: Checkpoint) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 from leap_serve.architectures import Family, Role, family_of, role_of, text_config
 from leap_serve.errors import CheckpointError, UnsupportedError
 from leap_serve.hub import resolve_model as resolve_model  # one import serves whoever opens checkpoints
-from leap_serve.overlays import ADAPTER, ROUTER_HEAD, check_overlays
 from leap_serve.plan import BaseModel, Plan
-from leap_serve.shards import INDEX as INDEX
-from leap_serve.shards import OPTIMIZER as OPTIMIZER
-from leap_serve.shards import PICKLES as PICKLES
-from leap_serve.shards import read_object, read_shards
-from leap_serve.tensorfile import TensorEntry, read_header
+from leap_serve.weights.overlays import ADAPTER, ROUTER_HEAD, check_overlays
+from leap_serve.weights.shards import INDEX as INDEX
+from leap_serve.weights.shards import OPTIMIZER as OPTIMIZER
+from leap_serve.weights.shards import PICKLES as PICKLES
+from leap_serve.weights.shards import read_object, read_shards
+from leap_serve.weights.tensorfile import TensorEntry, read_header
 
 MANIFEST = "leap.json"
 FINGERPRINT_KEY = "leap_fingerprint"

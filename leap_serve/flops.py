@@ -11,7 +11,7 @@ from typing import Any
 from leap_serve.architectures import text_config
 from leap_serve.checkpoint import Checkpoint, width_of
 from leap_serve.plan import Plan
-from leap_serve.tensorfile import TensorEntry
+from leap_serve.weights.tensorfile import TensorEntry
 
 _SIDE = re.compile(r"(scales?|scale_inv|scale_2|scale_shape|qzeros|zero_point|g_idx|weight_shape)$")
 _BIAS = re.compile(r"[._](bias|e_score_correction_bias|sinks)$")

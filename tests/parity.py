@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli import main
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.tasks.registry import TASKS
 from reference import Layer, reference_logprobs

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_serve.checkpoint import Checkpoint, resolve_model
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
 from leap_serve.files import write_json
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.provenance import made_by

@@ -14,10 +14,10 @@ import torch
 from families import make_checkpoint
 from leap_serve.adapter import RouterHead, write_overlays
 from leap_serve.checkpoint import Checkpoint
-from leap_serve.cut import cut
-from leap_serve.launch import Server
+from leap_serve.cut.write import cut
 from leap_serve.plan import Plan
-from leap_serve.server_admin import ADMIN_HEADER
+from leap_serve.server.admin import ADMIN_HEADER
+from leap_serve.server.launch import Server
 from parity import uneven_plan
 from processes import SERVER_ENV
 from tiny_tokenizer import add_tokenizer

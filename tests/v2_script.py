@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from leap_serve.engines.vllm_engine import VllmEngine
+from leap_serve.engines.vllm_plans import Subset
 from leap_serve.errors import UnsupportedError
 from leap_serve.plan import Plan
 from leap_serve.tasks.base import Item
-from leap_serve.vllm_engine import VllmEngine
-from leap_serve.vllm_plans import Subset
 
 ITEMS = [
     Item("0", "The quick brown fox", " jumps over the lazy dog."),

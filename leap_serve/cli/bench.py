@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from leap_serve import bench
-from leap_serve.bench import Contender
+from leap_serve.bench.contenders import ROUND_TIMEOUT_S, Contender, compare, measure_rounds, opened, stamped
 from leap_serve.cli.console import progress_bar, say, table
 from leap_serve.errors import UsageError
 from leap_serve.files import append_jsonl
@@ -65,7 +64,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     contenders = _contenders(args, workloads)
     described = [contender.describe() for contender in contenders]
     measure = {"memory": _memory, "serve": _serve}.get(args.kind, _timed)
-    rows = [bench.stamped(row) for row in measure(args, workloads, contenders, described)]
+    rows = [stamped(row) for row in measure(args, workloads, contenders, described)]
     results = args.results or default_results()
     if results is not None:
         for row in rows:
@@ -79,7 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def default_results() -> Path | None:
     """bench/results/bench.jsonl of the checkout that the current folder lies in, or None outside of one."""
     for folder in (Path.cwd(), *Path.cwd().parents):
-        if (folder / "leap_serve" / "bench.py").is_file() and (folder / "bench" / "results").is_dir():
+        if (folder / "leap_serve" / "bench").is_dir() and (folder / "bench" / "results").is_dir():
             return folder / "bench" / "results" / "bench.jsonl"
     return None
 
@@ -118,19 +117,19 @@ def _timed(
     args: argparse.Namespace, workloads: Sequence[Workload], contenders: Sequence[Contender], described: Described
 ) -> Rows:
     rows: Rows = []
-    with bench.opened(contenders) as workers:
+    with opened(contenders) as workers:
         for load in workloads:
             with progress_bar(f"{args.kind} at batch {load.batch}") as progress:
-                samples = bench.measure_rounds(workers, load, args.rounds, args.warmup, progress)
+                samples = measure_rounds(workers, load, args.rounds, args.warmup, progress)
             seen = [{**about, **worker.about} for about, worker in zip(described, workers, strict=True)]
-            rows.append({"workload": load.to_json(), **bench.compare(args.kind, seen, samples, SHOWN[args.kind])})
+            rows.append({"workload": load.to_json(), **compare(args.kind, seen, samples, SHOWN[args.kind])})
     return rows
 
 
 def _serve(
     args: argparse.Namespace, workloads: Sequence[Workload], contenders: Sequence[Contender], described: Described
 ) -> Rows:
-    from leap_serve.bench_serve import measure_serving
+    from leap_serve.bench.serve import measure_serving
 
     flags = ["--dtype", args.dtype, "--", f"--kv-cache-memory-bytes={int(args.kv_cache_gib * 2**30)}"]
     rows: Rows = []
@@ -140,7 +139,7 @@ def _serve(
                 contenders, load, args.request_rate, args.concurrency, args.rounds, args.warmup, flags, progress
             )
         rate = None if math.isinf(args.request_rate) else args.request_rate
-        row = bench.compare("serve", described, samples, SHOWN["serve"])
+        row = compare("serve", described, samples, SHOWN["serve"])
         rows.append({"workload": {**load.to_json(), "request_rate": rate, "concurrency": args.concurrency}, **row})
     return rows
 
@@ -151,9 +150,9 @@ def _memory(
     sides = []
     for contender, about in zip(contenders, described, strict=True):
         # One after the other: a GPU's peak is the process's own, but the cards are shared.
-        with bench.opened([contender]) as (worker,):
-            bench.measure_rounds([worker], workloads[-1], 1, 0)
-            held = worker.ask("memory", bench.ROUND_TIMEOUT_S)
+        with opened([contender]) as (worker,):
+            measure_rounds([worker], workloads[-1], 1, 0)
+            held = worker.ask("memory", ROUND_TIMEOUT_S)
         gib = {f"{key.removesuffix('_bytes')}_gib": value / 2**30 for key, value in held.items()}
         sides.append({**about, "metrics": {**held, **gib}})
     row: dict[str, Any] = {"bench": "memory", "workload": workloads[-1].to_json(), "contenders": sides}

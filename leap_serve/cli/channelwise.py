@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from leap_serve.checkpoint import Checkpoint, resolve_model
+from leap_serve.engines.subsets import check_plans
 from leap_serve.errors import UsageError
 from leap_serve.flops import flops_per_token, parameters
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.profile import Profile
-from leap_serve.subsets import check_plans
 
 Sizes = Mapping[str, Mapping[str, Any]]
 

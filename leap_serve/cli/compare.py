@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from leap_serve.cli.console import say, table
-from leap_serve.compare import Asking, compare
+from leap_serve.evaluation.compare import Asking, compare
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from leap_serve.checkpoint import resolve_model
 from leap_serve.cli.console import progress_bar, say, table
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
 from leap_serve.errors import UsageError
 from leap_serve.plan import Plan
 

@@ -23,7 +23,7 @@ from leap_serve.tasks.registry import TASKS, load_task
 
 if TYPE_CHECKING:
     from leap_serve.engine import Engine
-    from leap_serve.evaluate import Evaluation
+    from leap_serve.evaluation.evaluate import Evaluation
     from leap_serve.plan import Plan
     from leap_serve.profile import Profile
 
@@ -98,8 +98,8 @@ def _tuned(kept: int) -> str:
 
 def _prune(work: Path, episodes: int, limit: int) -> Seen:
     """Per task: profile, choose the experts, cut; everything is scored in the one engine that runs, plans applied to it."""
-    from leap_serve.cut import cut
-    from leap_serve.vllm_engine import VllmEngine
+    from leap_serve.cut.write import cut
+    from leap_serve.engines.vllm_engine import VllmEngine
 
     seen: Seen = {name: {} for name in ("full", RANKED, *(f"leap-{kept}" for kept in KEPT))}
     engine = VllmEngine(MODEL, dtype=scoring_dtype(None))
@@ -149,7 +149,7 @@ def _search(engine: Engine, profile: Profile, task: str, kept: int, episodes: in
 def _tune(work: Path, steps: int, limit: int) -> Seen:
     """Tune the agent's cuts: routing agent and adapters on actively chosen items, beside a copy of the weights; score."""
     from leap_serve.cli.tune import tune
-    from leap_serve.vllm_engine import VllmEngine
+    from leap_serve.engines.vllm_engine import VllmEngine
     from leap_training.splits import validation_part
     from leap_training.tune import TuneConfig, TuneData, Tuner
     from leap_training.tune_result import write_tuned
@@ -180,7 +180,7 @@ def _tune(work: Path, steps: int, limit: int) -> Seen:
 
 def _score(engine: Engine, name: str, task_name: str, limit: int) -> Evaluation:
     """Score what the engine holds on unseen items of a task."""
-    from leap_serve.evaluate import evaluate
+    from leap_serve.evaluation.evaluate import evaluate
 
     task = load_task(task_name)
     with progress_bar(f"eval {name} on {task_name}") as bar:
@@ -197,7 +197,7 @@ def _by_kind(found: Mapping[str, Evaluation]) -> dict[str, dict[str, Any]]:
 
 def _time(folders: Mapping[str, Path], rounds: int) -> dict[str, dict[str, Any]]:
     """Time decoding of all models in one interleaved run."""
-    from leap_serve.bench import Contender, measure_rounds, opened
+    from leap_serve.bench.contenders import Contender, measure_rounds, opened
     from leap_serve.measure import summary
     from leap_serve.workload import Workload
 
@@ -225,7 +225,7 @@ def _ask(folder: Path) -> str:
     """Start the real server, ask one question over HTTP, stop it; raises LeapError where it does not answer."""
     import httpx
 
-    from leap_serve.launch import Server
+    from leap_serve.server.launch import Server
 
     with Server(folder) as server:
         messages = [{"role": "user", "content": QUESTION}]

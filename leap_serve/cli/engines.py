@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from leap_serve.engine import Engine
-    from leap_serve.torch_engine import TorchEngine
-    from leap_serve.vllm_engine import VllmEngine
+    from leap_serve.engines.torch_engine import TorchEngine
+    from leap_serve.engines.vllm_engine import VllmEngine
 
 
 def open_engine(name: str, model: str, dtype: str) -> VllmEngine | TorchEngine:
     """Load a model into "vllm" (the engine that serves) or "torch" (the reference); only that one is imported."""
     if name == "vllm":
-        from leap_serve.vllm_engine import VllmEngine
+        from leap_serve.engines.vllm_engine import VllmEngine
 
         return VllmEngine(model, dtype=dtype)
-    from leap_serve.torch_engine import TorchEngine
+    from leap_serve.engines.torch_engine import TorchEngine
 
     return TorchEngine(model, dtype=dtype)
 

@@ -13,15 +13,15 @@ from typing import Any
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli.console import progress_bar, say, table
 from leap_serve.cli.evaluating import Side, Work, add_engine_arguments, sides, work_of
-from leap_serve.endpoint import is_url
 from leap_serve.errors import LeapError, UsageError
-from leap_serve.evaluate import Evaluation, compare
+from leap_serve.evaluation.endpoint import is_url
+from leap_serve.evaluation.evaluate import Evaluation, compare
+from leap_serve.evaluation.gate import Gate, GateError, run_gate
+from leap_serve.evaluation.journal import Journal
 from leap_serve.files import read_json, write_json
-from leap_serve.gate import Gate, GateError, run_gate
+from leap_serve.grading.sandbox import UNSAFE
 from leap_serve.hub import resolve_model
-from leap_serve.journal import Journal
 from leap_serve.provenance import hardware, made_by, versions
-from leap_serve.sandbox import UNSAFE
 from leap_serve.statistics import Interval
 from leap_serve.tasks.passkey import DEPTHS, WORDS
 from leap_serve.tasks.registry import NAMES

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from leap_serve.endpoint import Endpoint, is_url
 from leap_serve.engine import Model, Progress
 from leap_serve.errors import UsageError
-from leap_serve.evaluate import Evaluation, Sampling, evaluate, evaluate_text
+from leap_serve.evaluation.endpoint import Endpoint, is_url
+from leap_serve.evaluation.evaluate import Evaluation, Sampling, evaluate, evaluate_text
+from leap_serve.evaluation.journal import Journal, Recorded, folder_identity
 from leap_serve.hub import resolve_model
-from leap_serve.journal import Journal, Recorded, folder_identity
 from leap_serve.provenance import versions
 from leap_serve.tasks.base import Item, Task
 from leap_serve.tasks.chat import in_chat
@@ -116,9 +116,9 @@ def _engine(args: argparse.Namespace, folder: Path) -> Model:
     # A running text may be longer than the model takes: it is scored in windows, and transformers need not warn.
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     if args.engine == "vllm":
-        from leap_serve.vllm_engine import VllmEngine
+        from leap_serve.engines.vllm_engine import VllmEngine
 
         return VllmEngine(folder, dtype=args.dtype, max_model_len=args.max_model_len, kv_cache_gib=args.kv_cache_gib)
-    from leap_serve.torch_engine import TorchEngine
+    from leap_serve.engines.torch_engine import TorchEngine
 
     return TorchEngine(folder, dtype=args.dtype, max_model_len=args.max_model_len)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_serve.cli.console import progress_bar, say, table
-from leap_serve.export import export
+from leap_serve.cut.export import export
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

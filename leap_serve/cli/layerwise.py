@@ -14,11 +14,11 @@ from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli.console import progress_bar
 from leap_serve.cli.engines import scoring_dtype
 from leap_serve.encoding import items_sha256
+from leap_serve.engines.subsets import check_plans
 from leap_serve.errors import UsageError
 from leap_serve.flops import flops_per_token
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.profile import Profile
-from leap_serve.subsets import check_plans
 from leap_serve.tasks.registry import TASKS, load_task
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from typing import Any
 from leap_serve.cli.console import say, table
 from leap_serve.errors import LeapError, UsageError
 from leap_serve.files import read_json, write_json
-from leap_serve.launch import dying_with_parent
 from leap_serve.provenance import made_by
 from leap_serve.recipe import GATE, SEARCH, TUNE, Recipe, Stage
 from leap_serve.report import write_report
+from leap_serve.server.launch import dying_with_parent
 
 RECORD = "run.json"
 

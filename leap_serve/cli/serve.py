@@ -9,9 +9,9 @@ from typing import Any
 
 from leap_serve.checkpoint import Checkpoint, check_cut, check_experts, resolve_model
 from leap_serve.errors import UsageError
-from leap_serve.overlays import check_overlays
-from leap_serve.server import ServeOptions, SharedModel, describe, serve
-from leap_serve.specialists import MAX_SPECIALISTS, Base, parse_flag, read_specialist, read_state
+from leap_serve.server.app import ServeOptions, SharedModel, describe, serve
+from leap_serve.server.specialists import MAX_SPECIALISTS, Base, parse_flag, read_specialist, read_state
+from leap_serve.weights.overlays import check_overlays
 
 EPILOG = """\
 Flags after a lone `--` go to vLLM untouched and win over ours, for instance

@@ -8,7 +8,7 @@ from typing import Any
 
 from leap_serve.checkpoint import resolve_model
 from leap_serve.cli.console import progress_bar, say, table
-from leap_serve.verify import verify
+from leap_serve.cut.verify import verify
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from leap_serve.cli import main as leap
 from leap_serve.engine import mean_loss
+from leap_serve.engines.torch_engine import TorchEngine
 from leap_serve.plan import Plan
 from leap_serve.tasks.registry import load_task
-from leap_serve.torch_engine import TorchEngine
 
 METHODS = ("random", "frequency", "gate-mass", "reap", "leap")
 

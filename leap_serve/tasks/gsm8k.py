@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from leap_serve.errors import LeapError
-from leap_serve.metrics import flexible_number
+from leap_serve.grading.metrics import flexible_number
 from leap_serve.tasks.base import Item, Split
 from leap_serve.tasks.rows import Row, Source, text_of
 

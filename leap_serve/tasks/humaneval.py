@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from leap_serve.sandbox import run_python
+from leap_serve.grading.sandbox import run_python
 from leap_serve.tasks.base import Item, Split
 from leap_serve.tasks.rows import Row, Source, text_of
 

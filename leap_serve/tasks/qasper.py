@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_serve.errors import LeapError
-from leap_serve.metrics import token_f1
+from leap_serve.grading.metrics import token_f1
 from leap_serve.tasks.base import SPLITS, Item, Split
 from leap_serve.tasks.rows import Row, Source
 

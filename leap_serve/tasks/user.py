@@ -21,7 +21,7 @@ from typing import Any
 
 from leap_serve.errors import LeapError, UsageError
 from leap_serve.files import read_yaml
-from leap_serve.metrics import METRICS
+from leap_serve.grading.metrics import METRICS
 from leap_serve.tasks.base import SPLITS, Item, Split
 from leap_serve.tasks.rows import Data, Row, Source
 
@@ -38,7 +38,7 @@ class UserTask:
     Args:
         prompt: template; ``{field}`` stands for a field of the row, ``{{`` and ``}}`` for braces.
         answer: field of the right answer, or of a list of them; the first one is what loss and tuning take.
-        metric: one of leap_serve.metrics.METRICS.
+        metric: one of leap_serve.grading.metrics.METRICS.
         separator: stands between prompt and answer.
         data: files by split; None where the rows come from the hub.
     """

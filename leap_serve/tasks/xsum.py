@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from leap_serve.metrics import ROUGE, rouge
+from leap_serve.grading.metrics import ROUGE, rouge
 from leap_serve.tasks.base import Item, Split
 from leap_serve.tasks.rows import Row, Source, text_of
 

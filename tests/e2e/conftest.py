@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from leap_serve.checkpoint import Checkpoint, resolve_model
-from leap_serve.cut import cut
-from leap_serve.launch import Server
+from leap_serve.cut.write import cut
 from leap_serve.plan import LayerPlan, Plan
+from leap_serve.server.launch import Server
 from processes import SERVER_ENV
 
 

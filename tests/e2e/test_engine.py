@@ -11,10 +11,10 @@ import pytest
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.encoding import Encoded
 from leap_serve.engine import Engine
+from leap_serve.engines.torch_engine import TorchEngine
+from leap_serve.engines.vllm_engine import VllmEngine
 from leap_serve.errors import LeapError, UnsupportedError
 from leap_serve.tasks.base import Item
-from leap_serve.torch_engine import TorchEngine
-from leap_serve.vllm_engine import VllmEngine
 from tiny_tokenizer import talking_copy
 
 pytestmark = pytest.mark.e2e

@@ -22,15 +22,15 @@ from transformers import AutoTokenizer
 from leap_serve.checkpoint import resolve_model
 from leap_serve.cli import main
 from leap_serve.encoding import Encoded
-from leap_serve.endpoint import Endpoint
 from leap_serve.engine import NoLogprobsError, mean_loss
+from leap_serve.engines.torch_engine import TorchEngine
 from leap_serve.errors import LeapError, UsageError
-from leap_serve.evaluate import evaluate_text
-from leap_serve.launch import Server
+from leap_serve.evaluation.endpoint import Endpoint
+from leap_serve.evaluation.evaluate import evaluate_text
+from leap_serve.server.launch import Server
 from leap_serve.tasks.chat import INSTRUCTION
 from leap_serve.tasks.registry import load_task
 from leap_serve.tasks.text import Text
-from leap_serve.torch_engine import TorchEngine
 from processes import SERVER_ENV
 from proxy import Proxy, proxy_before
 

@@ -15,9 +15,9 @@ from extras_reference import clustered_logprobs, extras_logprobs
 from families import make_checkpoint
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli import main
+from leap_serve.cut.verify import verify
+from leap_serve.engines.torch_engine import TorchEngine
 from leap_serve.plan import LayerPlan, Merge, Plan
-from leap_serve.torch_engine import TorchEngine
-from leap_serve.verify import verify
 from parity import CONTROL, TOLERANCE, largest_difference, prompts
 from reference import reference_logprobs
 from serving import Job, serve

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from families import SPECIFIC, make_checkpoint
+from leap_serve.engines.torch_engine import TorchEngine
+from leap_serve.engines.vllm_engine import VllmEngine
 from leap_serve.profile import CHANNEL_SUMS, STATISTICS, Profile
 from leap_serve.tasks.base import Item
-from leap_serve.torch_engine import TorchEngine
-from leap_serve.vllm_engine import VllmEngine
 from tiny_tokenizer import add_tokenizer, talking_copy
 
 pytestmark = pytest.mark.e2e
@@ -69,7 +69,7 @@ TENSOR_PARALLEL = """
 import sys
 from pathlib import Path
 from leap_serve.tasks.base import Item
-from leap_serve.vllm_engine import VllmEngine
+from leap_serve.engines.vllm_engine import VllmEngine
 
 if __name__ == "__main__":
     engine = VllmEngine(sys.argv[1], dtype="float32", kv_cache_gib=0.05, max_model_len=128, tensor_parallel_size=2)

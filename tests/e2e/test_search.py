@@ -43,7 +43,7 @@ def test_several_budgets_in_vllm_with_latency_in_the_reward(
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from leap_serve.torch_engine import TorchEngine
+    from leap_serve.engines.torch_engine import TorchEngine
 
     out, events = tmp_path / "plans", tmp_path / "events"
     command = [

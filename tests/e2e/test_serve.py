@@ -18,8 +18,8 @@ import openai
 import pytest
 
 from leap_serve.errors import LeapError
-from leap_serve.launch import Server
 from leap_serve.plan import Plan
+from leap_serve.server.launch import Server
 from processes import SERVER_ENV, assert_all_gone, children_of
 
 pytestmark = pytest.mark.e2e

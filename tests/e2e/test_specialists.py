@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from leap_serve.cli import main
-from leap_serve.endpoint import Endpoint
 from leap_serve.errors import LeapError
-from leap_serve.launch import Server
+from leap_serve.evaluation.endpoint import Endpoint
 from leap_serve.plan import Plan
-from leap_serve.server_admin import ADMIN_HEADER
+from leap_serve.server.admin import ADMIN_HEADER
+from leap_serve.server.launch import Server
 from parity import TOLERANCE, uneven_plan
 from processes import SERVER_ENV
 from serving import Job, serve

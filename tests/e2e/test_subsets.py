@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 
 from families import SPECIFIC, make_checkpoint
-from leap_serve import vllm_scores
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
 from leap_serve.engine import Score
+from leap_serve.engines import vllm_scores
+from leap_serve.engines.torch_engine import TorchEngine
+from leap_serve.engines.vllm_engine import VllmEngine
+from leap_serve.engines.vllm_plans import MAX_PLANS, Subset
 from leap_serve.errors import LeapError, PlanError, UnsupportedError
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.tasks.base import Item
-from leap_serve.torch_engine import TorchEngine
-from leap_serve.vllm_engine import VllmEngine
-from leap_serve.vllm_plans import MAX_PLANS, Subset
 from leap_serve.workload import Workload
 from parity import CONTROL, TOLERANCE, uneven_plan
 from tiny_tokenizer import add_tokenizer, talking_copy
@@ -262,7 +262,7 @@ import json, sys
 from pathlib import Path
 from leap_serve.plan import Plan
 from leap_serve.tasks.base import Item
-from leap_serve.vllm_engine import VllmEngine
+from leap_serve.engines.vllm_engine import VllmEngine
 
 if __name__ == "__main__":
     plans, items = [Plan.load(Path(path)) for path in sys.argv[2:]], [Item("0", "The quick brown fox", " jumps.")]

@@ -18,10 +18,10 @@ import pytest
 from cutting import plan_for
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli import main
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
 from leap_serve.engine import mean_loss
+from leap_serve.engines.torch_engine import TorchEngine
 from leap_serve.tasks.registry import load_task
-from leap_serve.torch_engine import TorchEngine
 from leap_training.splits import validation_part
 
 pytestmark = pytest.mark.e2e

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from leap_serve.checkpoint import Checkpoint, check_cut
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
 from leap_serve.errors import CheckpointError, LeapError
 from leap_serve.plan import LayerPlan, Plan
 from synthetic import make, qwen_config, qwen_tensors, read_safetensors, write_safetensors

@@ -15,7 +15,7 @@ import pytest
 
 from leap_serve.checkpoint import Checkpoint, check_experts, read_bytes, resolve_model
 from leap_serve.errors import CheckpointError, LeapError, UnsupportedError
-from leap_serve.tensorfile import read_header
+from leap_serve.weights.tensorfile import read_header
 from synthetic import content_of, make, qwen_config, qwen_tensors, write_safetensors
 
 
@@ -43,7 +43,7 @@ def test_what_the_headers_say(sharded: Path) -> None:
 
 def test_opening_a_checkpoint_loads_no_torch(whole: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; import leap_serve.cut, leap_serve.verify, leap_serve.flops;"
+        "import sys; from pathlib import Path; import leap_serve.cut.write, leap_serve.cut.verify, leap_serve.flops;"
         "from leap_serve.checkpoint import Checkpoint; Checkpoint.open(Path(sys.argv[1])).identity();"
         "print([m for m in ('torch', 'vllm', 'transformers', 'numpy', 'huggingface_hub') if m in sys.modules])"
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from leap_serve.compare import Asking, compare
 from leap_serve.errors import LeapError, UsageError
+from leap_serve.evaluation.compare import Asking, compare
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:80a0", "http://[::1", "127.0.0.1:8000", "http://"])

@@ -12,11 +12,11 @@ import pytest
 from cutting import expected_of, plan_for, take_rows, uneven
 from families import SPECIFIC, make_checkpoint
 from leap_serve.checkpoint import Checkpoint, check_cut
-from leap_serve.cut import cut
+from leap_serve.cut.verify import verify
+from leap_serve.cut.write import cut
 from leap_serve.errors import LeapError, UnsupportedError
 from leap_serve.files import sha256_of
 from leap_serve.plan import LayerPlan, Plan
-from leap_serve.verify import verify
 from synthetic import make, qwen_config, qwen_tensors, read_all
 
 

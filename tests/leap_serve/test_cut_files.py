@@ -9,9 +9,9 @@ from pathlib import Path
 import yaml
 
 from cutting import expected_of, plan_for, take_rows, uneven
-from leap_serve.cut import cut
+from leap_serve.cut.verify import verify
+from leap_serve.cut.write import cut
 from leap_serve.plan import Plan
-from leap_serve.verify import verify
 from synthetic import make, qwen_config, qwen_tensors, read_all, read_safetensors
 
 

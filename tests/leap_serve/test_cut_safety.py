@@ -19,11 +19,11 @@ import pytest
 from cutting import EVEN, UNEVEN, plan_of
 from leap_serve.checkpoint import Checkpoint, check_cut
 from leap_serve.cli import main
-from leap_serve.cut import cut
+from leap_serve.cut.verify import verify
+from leap_serve.cut.write import cut
 from leap_serve.errors import CheckpointError, LeapError, PlanError, UnsupportedError, UsageError
 from leap_serve.files import sha256_of
 from leap_serve.plan import BaseModel, LayerPlan, Plan
-from leap_serve.verify import verify
 from synthetic import make, qwen_config, qwen_tensors, read_all, read_safetensors, write_safetensors
 
 
@@ -179,7 +179,7 @@ def test_a_write_that_fails_midway_leaves_nothing(model: Path, tmp_path: Path) -
 CHILD = """
 import sys
 from pathlib import Path
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
 from leap_serve.plan import Plan
 cut(Path(sys.argv[1]), Plan.load(Path(sys.argv[2])), Path(sys.argv[3]), max_shard_bytes=20_000_000,
     progress=lambda done, total: print(done, flush=True))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from leap_serve.degeneration import degenerate, loop_of, repetition
+from leap_serve.grading.degeneration import degenerate, loop_of, repetition
 
 PROSE = (
     "The line that data travels begins with a model and a task, and each stage writes what the next one reads; "

@@ -12,13 +12,13 @@ import pytest
 
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli import main
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
+from leap_serve.engines.torch_engine import TorchEngine
 from leap_serve.errors import LeapError, UsageError
-from leap_serve.evaluate import Sampling, compare, evaluate
-from leap_serve.gate import Gate
+from leap_serve.evaluation.evaluate import Sampling, compare, evaluate
+from leap_serve.evaluation.gate import Gate
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.tasks.registry import load_task
-from leap_serve.torch_engine import TorchEngine
 
 ENGINE = ["--engine", "torch"]
 
@@ -161,8 +161,8 @@ def test_the_gate_breaks_for_a_ruined_model_and_keeps_for_the_full_one(
 
 def test_by_interval_the_worse_end_must_keep_the_bound() -> None:
     from leap_serve.engine import Completion, Score
-    from leap_serve.evaluate import Evaluation
-    from leap_serve.gate import Check, Observed, _row
+    from leap_serve.evaluation.evaluate import Evaluation
+    from leap_serve.evaluation.gate import Check, Observed, _row
 
     def side(values: list[float]) -> Observed:
         ids = tuple(map(str, range(10)))

@@ -8,7 +8,7 @@ from typing import Any
 
 from cutting import plan_of
 from leap_serve.checkpoint import Checkpoint
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
 from leap_serve.flops import flops_per_token, parameters
 from leap_serve.plan import LayerPlan
 from synthetic import make, qwen_config, qwen_tensors

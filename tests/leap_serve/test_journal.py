@@ -11,10 +11,10 @@ import pytest
 
 from leap_serve.encoding import Encoded
 from leap_serve.engine import Model
+from leap_serve.engines.torch_engine import TorchEngine
 from leap_serve.errors import LeapError
-from leap_serve.journal import Journal, Recorded, folder_identity
+from leap_serve.evaluation.journal import Journal, Recorded, folder_identity
 from leap_serve.tasks.base import Item
-from leap_serve.torch_engine import TorchEngine
 from tiny_tokenizer import talking_copy
 
 PROMPTS = ["Once", "2 + 2 =", "Once", "Q"]

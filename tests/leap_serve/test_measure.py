@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from families import make_checkpoint
-from leap_serve.bench import compare, turns
+from leap_serve.bench.contenders import compare, turns
 from leap_serve.cli.bench import default_results
 from leap_serve.engine import RequestTiming
 from leap_serve.errors import LeapError, UsageError
@@ -150,8 +150,7 @@ def test_vocabulary_leaves_special_tokens_out(tmp_path: Path) -> None:
 def test_rows_go_to_the_checkout_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkout = tmp_path / "checkout"
     (checkout / "bench" / "results").mkdir(parents=True)
-    (checkout / "leap_serve").mkdir()
-    (checkout / "leap_serve" / "bench.py").touch()
+    (checkout / "leap_serve" / "bench").mkdir(parents=True)
     monkeypatch.chdir(checkout / "bench")
     assert default_results() == checkout / "bench" / "results" / "bench.jsonl"
     monkeypatch.chdir(tmp_path)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from leap_serve.adapter import write_overlays
 from leap_serve.architectures import served_families
 from leap_serve.checkpoint import Checkpoint, check_cut
-from leap_serve.cut import cut
-from leap_serve.merge import Merge
+from leap_serve.cut.write import cut
+from leap_serve.weights.merge import Merge
 from parity import uneven_plan
 from tuning import cut_in_memory, tune_at_random
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from leap_serve.errors import LeapError
-from leap_serve.metrics import METRICS, flexible_number, normalized, pass_at_k, rouge, token_f1
+from leap_serve.grading.metrics import METRICS, flexible_number, normalized, pass_at_k, rouge, token_f1
 from leap_serve.tasks.base import Item
 from leap_serve.tasks.registry import load_task
 from leap_serve.tasks.xsum import all_rouge

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 
 from leap_serve.engine import mean_loss
+from leap_serve.engines.torch_engine import TorchEngine
 from leap_serve.errors import LeapError, UsageError
-from leap_serve.evaluate import evaluate_text
+from leap_serve.evaluation.evaluate import evaluate_text
 from leap_serve.tasks.base import SPLITS
 from leap_serve.tasks.passkey import Passkey
 from leap_serve.tasks.qasper import answer_of
 from leap_serve.tasks.registry import load_task
 from leap_serve.tasks.text import Text
 from leap_serve.tasks.user import UserTask
-from leap_serve.torch_engine import TorchEngine
 from tiny_tokenizer import talking_copy
 
 

@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from leap_serve.adapter import RouterHead, describe_overlays, write_overlays
 from leap_serve.checkpoint import Checkpoint, check_cut
 from leap_serve.cli import main
-from leap_serve.cut import cut
+from leap_serve.cut.export import export
+from leap_serve.cut.verify import verify
+from leap_serve.cut.write import cut
 from leap_serve.errors import CheckpointError, LeapError, UnsupportedError, UsageError
-from leap_serve.export import export
 from leap_serve.plan import LayerPlan, Plan
-from leap_serve.verify import verify
 from parity import uneven_plan
 from synthetic import make, qwen_config, qwen_tensors, read_all
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli import main
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
 from leap_serve.errors import CheckpointError, LeapError, UnsupportedError, UsageError
 from leap_serve.files import sha256_of
 from leap_serve.plan import LayerPlan, Plan

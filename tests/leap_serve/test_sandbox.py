@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from leap_serve import sandbox_child
-from leap_serve.sandbox import Barrier, BarrierError, run_python
+from leap_serve.grading import sandbox_child
+from leap_serve.grading.sandbox import Barrier, BarrierError, run_python
 
 WALL_S = 60.0  # bounded waits, never the thing under test, except where a test gives its own
 REFUSED = {"namespace": {"EPERM", "EACCES", "EROFS", "ENOENT"}, "landlock": {"EPERM", "EACCES"}}
@@ -244,7 +244,7 @@ def test_every_right_is_gone(barrier: Barrier) -> None:
 
 
 def test_a_program_dies_with_its_parent(barrier: Barrier) -> None:
-    code = f"from leap_serve.sandbox import run_python; run_python('import time; time.sleep(900)', 900, {barrier!r})"
+    code = f"from leap_serve.grading.sandbox import run_python; run_python('import time; time.sleep(900)', 900, {barrier!r})"
     with subprocess.Popen([sys.executable, "-P", "-c", code]) as parent:
         children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
         assert wait_for(lambda: children.read_text().split())
@@ -302,7 +302,7 @@ libc = ctypes.CDLL(None)
 assert libc.prctl(38, ctypes.c_ulong(1), 0, 0, 0) == 0
 assert libc.prctl(22, ctypes.c_ulong(2), struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(kept)), 0, 0) == 0
 from leap_serve.errors import LeapError
-from leap_serve.sandbox import best_barrier
+from leap_serve.grading.sandbox import best_barrier
 try: print(best_barrier())
 except LeapError as error: print(error)
 """

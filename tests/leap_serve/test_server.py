@@ -16,11 +16,11 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from leap_serve.bench import Worker
+from leap_serve.bench.contenders import Worker
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli import main
 from leap_serve.errors import LeapError, UsageError
-from leap_serve.server import ServeOptions, bind, describe, leap_router
+from leap_serve.server.app import ServeOptions, bind, describe, leap_router
 from processes import assert_all_gone, children_of, state_of
 
 
@@ -137,7 +137,7 @@ def test_an_idle_contender_takes_no_core_and_errors_keep_their_text(tmp_path: Pa
 @pytest.mark.skipif(sys.platform != "linux", reason="parent-death signals are Linux's")
 def test_a_stopped_contender_dies_with_its_parent() -> None:
     code = (
-        "import time; from leap_serve.bench import Worker; from leap_serve.errors import LeapError\n"
+        "import time; from leap_serve.bench.contenders import Worker; from leap_serve.errors import LeapError\n"
         "worker = Worker('a')\n"
         "try: worker.ask('open', 60, model='/absent', engine={})\n"
         "except LeapError: print(worker.pid, flush=True); time.sleep(60)\n"
@@ -154,7 +154,7 @@ def test_a_stopped_contender_dies_with_its_parent() -> None:
 def test_a_server_ends_with_the_process_that_started_it(family_checkpoint: Callable[[str], Path]) -> None:
     folder = family_checkpoint("qwen3_moe")
     parent = subprocess.Popen(
-        [sys.executable, "-P", "-c", f"from leap_serve.launch import Server; Server({str(folder)!r})"]
+        [sys.executable, "-P", "-c", f"from leap_serve.server.launch import Server; Server({str(folder)!r})"]
     )
     deadline = time.monotonic() + 30
     while not (children := children_of(parent.pid)) and time.monotonic() < deadline:

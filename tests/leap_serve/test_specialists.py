@@ -19,13 +19,21 @@ from cutting import EVEN, UNEVEN, plan_of
 from leap_serve.adapter import RouterHead, write_overlays
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli import main
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
 from leap_serve.errors import CheckpointError, LeapError, PlanError, UnsupportedError, UsageError
 from leap_serve.plan import LayerPlan, Plan
-from leap_serve.server_admin import ADMIN_HEADER, admin_router
-from leap_serve.server_metrics import Counters
-from leap_serve.server_specialists import Specialists
-from leap_serve.specialists import MAX_PLAN_BYTES, Base, parse_flag, plan_from, read_specialist, read_state, write_state
+from leap_serve.server.admin import ADMIN_HEADER, admin_router
+from leap_serve.server.metrics import Counters
+from leap_serve.server.slots import Specialists
+from leap_serve.server.specialists import (
+    MAX_PLAN_BYTES,
+    Base,
+    parse_flag,
+    plan_from,
+    read_specialist,
+    read_state,
+    write_state,
+)
 from synthetic import make, qwen_config, qwen_tensors
 
 

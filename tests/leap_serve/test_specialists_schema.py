@@ -22,11 +22,11 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from leap_serve.checkpoint import Checkpoint
-from leap_serve.server import leap_router
-from leap_serve.server_admin import ADMIN_HEADER, admin_router
-from leap_serve.server_metrics import Counters
-from leap_serve.server_specialists import Specialists
-from leap_serve.specialists import Base
+from leap_serve.server.admin import ADMIN_HEADER, admin_router
+from leap_serve.server.app import leap_router
+from leap_serve.server.metrics import Counters
+from leap_serve.server.slots import Specialists
+from leap_serve.server.specialists import Base
 from synthetic import make, qwen_config, qwen_tensors
 
 CHECKS = [

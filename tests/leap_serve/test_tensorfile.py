@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from leap_serve.errors import CheckpointError
-from leap_serve.tensorfile import CHUNK_BYTES, Piece, _copy_range, joined, read_header, write_tensors
+from leap_serve.weights.tensorfile import CHUNK_BYTES, Piece, _copy_range, joined, read_header, write_tensors
 from synthetic import read_safetensors, write_safetensors
 
 

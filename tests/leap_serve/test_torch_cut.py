@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from leap_serve.checkpoint import Checkpoint
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
+from leap_serve.engines.torch_cut import load_model
+from leap_serve.engines.torch_subsets import moe_blocks
 from leap_serve.errors import UnsupportedError
-from leap_serve.torch_cut import load_model
-from leap_serve.torch_subsets import moe_blocks
 from parity import CONTROL, TOLERANCE, largest_difference, prompts, uneven_plan
 from tuning import cut_in_memory, logprobs_of
 

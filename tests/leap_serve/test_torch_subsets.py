@@ -12,16 +12,16 @@ import torch
 
 from cutting import plan_for
 from families import SPECIFIC
-from leap_serve import torch_subsets
 from leap_serve.architectures import family_of
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.engine import mean_esp
+from leap_serve.engines import torch_subsets
+from leap_serve.engines.subsets import check_plans
+from leap_serve.engines.torch_engine import TorchEngine
+from leap_serve.engines.torch_subsets import MaskedRouter, masked_routers
 from leap_serve.errors import PlanError, UnsupportedError
 from leap_serve.plan import LayerPlan
-from leap_serve.subsets import check_plans
 from leap_serve.tasks.base import Item
-from leap_serve.torch_engine import TorchEngine
-from leap_serve.torch_subsets import MaskedRouter, masked_routers
 from leap_serve.workload import Workload
 from parity import reference_layers, uneven_plan
 from reference import reference_logprobs

@@ -12,7 +12,7 @@ import pytest
 from cutting import plan_for
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli import tune
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
 from leap_serve.errors import UsageError
 from leap_serve.tasks.base import Item
 from leap_serve.workload import Workload

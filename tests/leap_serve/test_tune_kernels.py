@@ -12,7 +12,7 @@ from leap_kernels.tuning import Shape
 from leap_serve import cli
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli.tune_kernels import shapes_of
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
 from leap_serve.plan import LayerPlan, Plan
 
 

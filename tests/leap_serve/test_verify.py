@@ -9,9 +9,9 @@ import pytest
 
 from cutting import plan_of
 from leap_serve.checkpoint import Checkpoint
-from leap_serve.cut import cut
+from leap_serve.cut.verify import verify
+from leap_serve.cut.write import cut
 from leap_serve.errors import CheckpointError
-from leap_serve.verify import verify
 from synthetic import make, qwen_config, qwen_tensors, read_all, read_safetensors, write_safetensors
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from leap_serve.adapter import write_overlays
 from leap_serve.checkpoint import Checkpoint
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
 from leap_serve.errors import LeapError, UnsupportedError
 from leap_serve.plan import LayerPlan, Plan
 from leap_training import adapters

@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from cut_blocks import ITEMS
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli import main
-from leap_serve.cut import cut
+from leap_serve.cut.remake import rounded, zeroed
+from leap_serve.cut.verify import verify
+from leap_serve.cut.write import cut
+from leap_serve.engines.torch_engine import TorchEngine
 from leap_serve.errors import LeapError, PlanError, UnsupportedError
 from leap_serve.flops import flops_per_token, parameters
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.profile import Profile
-from leap_serve.remake import rounded, zeroed
-from leap_serve.torch_engine import TorchEngine
-from leap_serve.verify import verify
 from leap_training.methods.intra import importance, intra
 from leap_training.methods.moe_pruner import moe_pruner
 from reference import reference_logprobs

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from cutting import plan_for
 from leap_serve.architectures import family_of
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
 from leap_serve.errors import UnsupportedError
 from leap_training.batches import Batch
 from leap_training.distill import Form, Teacher

@@ -11,11 +11,11 @@ import torch
 
 from cut_blocks import ITEMS, open_model
 from leap_serve.cli import main
-from leap_serve.cut import cut
+from leap_serve.cut.verify import verify
+from leap_serve.cut.write import cut
+from leap_serve.engines.torch_engine import TorchEngine
 from leap_serve.errors import UnsupportedError, UsageError
 from leap_serve.plan import BaseModel, Plan
-from leap_serve.torch_engine import TorchEngine
-from leap_serve.verify import verify
 from leap_training.methods.eep import Candidate, Eep, EepConfig, TaskLoss, plan_of
 from leap_training.pruning_space import PruningSpace
 from leap_training.saliency import Routing

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from cut_blocks import ITEMS, open_model
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli import main
-from leap_serve.cut import cut
+from leap_serve.cut.verify import verify
+from leap_serve.cut.write import cut
 from leap_serve.errors import CheckpointError
 from leap_serve.flops import flops_per_token, parameters
 from leap_serve.plan import Plan
-from leap_serve.verify import verify
 from leap_training.methods.blocks import LayerResults
 from leap_training.methods.hc_smoe import clusters, hc_smoe
 from leap_training.pruning_space import PruningSpace

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from leap_serve.checkpoint import Checkpoint
+from leap_serve.engines.torch_engine import TorchEngine
 from leap_serve.errors import LeapError, PlanError
-from leap_serve.torch_engine import TorchEngine
 from leap_serve.workload import Workload
 from leap_training import latency
 from leap_training.latency import DECODE, LatencyModel, distinct, fit, nnls, sample_plans

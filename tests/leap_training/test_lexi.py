@@ -13,10 +13,10 @@ import torch
 from families import make_checkpoint
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli import main
+from leap_serve.engines.torch_engine import TorchEngine
 from leap_serve.errors import UsageError
 from leap_serve.flops import flops_per_token
 from leap_serve.plan import LayerPlan, Plan
-from leap_serve.torch_engine import TorchEngine
 from leap_training.methods.blocks import BlockModel, LayerResults
 from leap_training.methods.lexi import LexiConfig, active_budget, evolution, exact, lexi, sensitivity
 from tiny_tokenizer import talking_copy

@@ -10,12 +10,12 @@ import torch
 
 from families import SPECIFIC, make_checkpoint
 from leap_serve.checkpoint import Checkpoint, resolve_model
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
 from leap_serve.engine import mean_loss
+from leap_serve.engines.torch_engine import TorchEngine
 from leap_serve.errors import PlanError, UsageError
 from leap_serve.plan import BaseModel, LayerPlan, Plan
 from leap_serve.tasks.registry import load_task
-from leap_serve.torch_engine import TorchEngine
 from leap_training.finetune import FinetuneConfig, finetune
 from leap_training.lookahead import LookAhead, finalists, jaccard, narrowed, second_stage
 from leap_training.pruning_agent import AgentConfig, search

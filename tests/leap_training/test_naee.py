@@ -12,9 +12,9 @@ import torch
 
 from cut_blocks import ITEMS, cut_block, open_model, output_of
 from leap_serve.cli import main
+from leap_serve.engines.torch_subsets import masked_routers
 from leap_serve.flops import flops_per_token
 from leap_serve.plan import LayerPlan, Plan
-from leap_serve.torch_subsets import masked_routers
 from leap_training.methods import naee as module
 from leap_training.methods.blocks import BlockModel, LayerResults
 from leap_training.methods.naee import LayerData, naee

@@ -11,11 +11,11 @@ import torch
 
 from families import make_checkpoint
 from leap_serve.checkpoint import Checkpoint
+from leap_serve.engines.torch_engine import TorchEngine
+from leap_serve.engines.torch_subsets import masked_routers
 from leap_serve.errors import UnsupportedError
 from leap_serve.plan import Plan
 from leap_serve.tasks.base import Item
-from leap_serve.torch_engine import TorchEngine
-from leap_serve.torch_subsets import masked_routers
 from leap_training.batches import collate
 from leap_training.pruning_space import Ledger, PruningSpace
 from leap_training.rco import RcoConfig, Student, hardest, rco, relaxed, start, straight_through

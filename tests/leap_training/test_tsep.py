@@ -11,10 +11,10 @@ import torch
 from cut_blocks import ITEMS, open_model
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli import main
+from leap_serve.cut.verify import verify
+from leap_serve.engines.torch_engine import TorchEngine
 from leap_serve.errors import UsageError
 from leap_serve.plan import LayerPlan, Plan
-from leap_serve.torch_engine import TorchEngine
-from leap_serve.verify import verify
 from leap_training.finetune import FinetuneConfig
 from leap_training.methods.blocks import BlockModel
 from leap_training.methods.tsep import Tsep, TsepConfig, drop
@@ -78,7 +78,7 @@ def test_experts_are_dropped_by_their_weight_and_the_tuned_model_is_the_cut(
     verify(tmp_path / "tuned")
     engine = TorchEngine(tmp_path / "tuned", dtype="float32", device="cpu")
     full = [ids for ids in model.encode(ITEMS)]
-    from leap_serve.torch_subsets import masked_routers
+    from leap_serve.engines.torch_subsets import masked_routers
 
     with torch.no_grad(), masked_routers(model.model, model.family) as routers:
         routers.assign([plan])

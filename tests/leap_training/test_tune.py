@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from cutting import plan_for
-from leap_serve.cut import cut
+from leap_serve.cut.export import export
+from leap_serve.cut.write import cut
 from leap_serve.errors import CheckpointError, LeapError, UsageError
-from leap_serve.export import export
 from leap_serve.tasks.base import Item
 from leap_training.active_learning import Acquisition
 from leap_training.batches import Batch, collate

@@ -12,7 +12,7 @@ import torch
 
 from leap_serve.architectures import family_of
 from leap_serve.checkpoint import Checkpoint
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
 from leap_serve.errors import UnsupportedError
 from leap_serve.plan import Plan
 from parity import uneven_plan

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
 from leap_serve.plan import LayerPlan, Plan
 from parity import CONTROL, TOLERANCE, largest_difference, prompts, reference_layers, uneven_plan
 from reference import reference_logprobs

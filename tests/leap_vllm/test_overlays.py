@@ -11,8 +11,8 @@ import torch
 
 from families import make_checkpoint
 from leap_serve.checkpoint import Checkpoint, resolve_model
-from leap_serve.cut import cut
-from leap_serve.export import export
+from leap_serve.cut.export import export
+from leap_serve.cut.write import cut
 from leap_serve.plan import LayerPlan, Plan
 from parity import CONTROL, TOLERANCE, largest_difference, prompts, reference_layers, task_prompts, uneven_plan
 from reference import reference_logprobs

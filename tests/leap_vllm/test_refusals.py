@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
 from leap_serve.plan import LayerPlan, Plan
 from parity import uneven_plan
 from serving import Job, Served, serve

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from families import make_checkpoint
-from leap_serve.torch_engine import TorchEngine
+from leap_serve.engines.torch_engine import TorchEngine
 from parity import CONTROL, TOLERANCE, uneven_plan
 from tiny_tokenizer import add_tokenizer, talking_copy
 from v2_script import ITEMS

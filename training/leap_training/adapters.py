@@ -1,6 +1,6 @@
 """LoRA on the experts, through PEFT: wrap a transformers model, save what leap-serve merges, load it again.
 
-leap_serve.overlays says how PEFT lays out one adapter per expert for a 3-D parameter. What PEFT cannot do
+leap_serve.weights.overlays says how PEFT lays out one adapter per expert for a 3-D parameter. What PEFT cannot do
 there: dropout, DoRA, a rank per expert, and E = 1 where the parameter is transposed (GPT-OSS).
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leap_serve.errors import LeapError, UnsupportedError
-from leap_serve.overlays import PARAMETERS
+from leap_serve.weights.overlays import PARAMETERS
 
 if TYPE_CHECKING:
     from peft import PeftModel

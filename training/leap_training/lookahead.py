@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from leap_serve.architectures import Family
 from leap_serve.checkpoint import Checkpoint, resolve_model
+from leap_serve.engines.subsets import check_plans
+from leap_serve.engines.torch_subsets import Shrunk, moe_blocks
 from leap_serve.errors import UsageError
 from leap_serve.files import read_json
 from leap_serve.plan import Plan
 from leap_serve.profile import Profile
-from leap_serve.subsets import check_plans
 from leap_serve.tasks.base import Item
-from leap_serve.torch_subsets import Shrunk, moe_blocks
 from leap_training.batches import Batch, collate, weighted_loss
 from leap_training.finetune import FinetuneConfig, in_order, take_steps
 from leap_training.pruning_agent import Agent, AgentConfig

@@ -15,7 +15,7 @@ from leap_serve.errors import CheckpointError, UnsupportedError, UsageError
 from leap_serve.plan import BaseModel, LayerPlan, Plan
 from leap_serve.profile import LayerProfile, Profile, groups_of
 from leap_serve.provenance import made_by
-from leap_serve.tensorfile import TensorEntry
+from leap_serve.weights.tensorfile import TensorEntry
 
 Array = npt.NDArray[np.float64]
 Scores = Mapping[int, Array]

@@ -22,9 +22,9 @@ from transformers import AutoTokenizer
 
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.encoding import items_sha256
+from leap_serve.engines.torch_cut import load_model
 from leap_serve.errors import LeapError, UsageError
 from leap_serve.tasks.base import Item
-from leap_serve.torch_cut import load_model
 from leap_training.active_learning import BY_ANSWER, Acquisition, Pool, collect
 from leap_training.adapters import wrap
 from leap_training.batches import Batch, collate, token_losses, use_fast_experts

@@ -13,9 +13,9 @@ from vllm.model_executor.model_loader import DefaultModelLoader
 from leap_serve.architectures import Family, text_config
 from leap_serve.checkpoint import MANIFEST, Checkpoint, check_cut, check_experts, resolve_model
 from leap_serve.errors import CheckpointError, UnsupportedError
-from leap_serve.merge import Merge
-from leap_serve.overlays import ADAPTER, check_overlays
 from leap_serve.plan import Plan
+from leap_serve.weights.merge import Merge
+from leap_serve.weights.overlays import ADAPTER, check_overlays
 
 if TYPE_CHECKING:
     import torch

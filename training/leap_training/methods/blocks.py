@@ -20,11 +20,11 @@ from transformers.utils import logging
 from leap_serve import encoding
 from leap_serve.architectures import Family
 from leap_serve.checkpoint import Checkpoint
+from leap_serve.engines.torch_subsets import MaskedRouter, masked_routers, moe_blocks
 from leap_serve.errors import LeapError, UsageError
 from leap_serve.files import read_json, write_json
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.tasks.base import Item
-from leap_serve.torch_subsets import MaskedRouter, masked_routers, moe_blocks
 
 CHUNK = 1 << 24
 """Numbers that the outputs of all experts may take at once."""

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from leap_serve.checkpoint import Checkpoint, check_narrow, width_of
+from leap_serve.cut.remake import values
 from leap_serve.errors import UsageError
 from leap_serve.plan import Plan
 from leap_serve.profile import Profile
 from leap_serve.provenance import made_by
-from leap_serve.remake import values
 from leap_training.methods.moe_pruner import expert_matrices
 from leap_training.saliency import Array
 

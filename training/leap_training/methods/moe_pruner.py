@@ -21,14 +21,14 @@ from typing import Literal
 import numpy as np
 
 from leap_serve.checkpoint import Checkpoint
+from leap_serve.cut.remake import values
 from leap_serve.errors import UsageError
 from leap_serve.files import sha256_of
-from leap_serve.overlays import part_of_expert
 from leap_serve.plan import LayerPlan, Plan, Zeroed
 from leap_serve.profile import LayerProfile, Profile
 from leap_serve.provenance import made_by
-from leap_serve.remake import values
-from leap_serve.tensorfile import TensorEntry
+from leap_serve.weights.overlays import part_of_expert
+from leap_serve.weights.tensorfile import TensorEntry
 from leap_training.saliency import Array
 
 

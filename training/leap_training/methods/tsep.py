@@ -27,14 +27,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from leap_serve.checkpoint import Checkpoint
-from leap_serve.cut import cut
+from leap_serve.cut.write import cut
 from leap_serve.engine import Progress
+from leap_serve.engines.torch_subsets import MaskedRouters, masked_routers
 from leap_serve.errors import UnsupportedError, UsageError
 from leap_serve.files import new_folder
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.provenance import made_by
 from leap_serve.tasks.base import Item
-from leap_serve.torch_subsets import MaskedRouters, masked_routers
 from leap_training.batches import collate, use_fast_experts, weighted_loss
 from leap_training.finetune import FinetuneConfig, in_order
 from leap_training.methods.blocks import BlockModel

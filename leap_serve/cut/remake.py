@@ -23,9 +23,9 @@ import numpy.typing as npt
 from leap_serve.architectures import Role
 from leap_serve.checkpoint import Checkpoint, check_narrow, width_of
 from leap_serve.errors import PlanError, UnsupportedError
-from leap_serve.overlays import part_of_expert
 from leap_serve.plan import LayerPlan, Plan
-from leap_serve.tensorfile import Made, Piece, TensorEntry
+from leap_serve.weights.overlays import part_of_expert
+from leap_serve.weights.tensorfile import Made, Piece, TensorEntry
 
 if TYPE_CHECKING:
     from leap_serve.profile import Profile

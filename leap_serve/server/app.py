@@ -31,11 +31,11 @@ from leap_serve.checkpoint import Checkpoint
 from leap_serve.encoding import end_ids
 from leap_serve.errors import LeapError, UsageError
 from leap_serve.provenance import hardware, versions
-from leap_serve.server_admin import admin_router, names
-from leap_serve.server_metrics import Counters
-from leap_serve.server_specialists import Specialists
-from leap_serve.server_vllm import one_line, parse_flags, uvicorn_settings, vllm_server
-from leap_serve.specialists import Base, Specialist
+from leap_serve.server.admin import admin_router, names
+from leap_serve.server.metrics import Counters
+from leap_serve.server.slots import Specialists
+from leap_serve.server.specialists import Base, Specialist
+from leap_serve.server.vllm_parts import one_line, parse_flags, uvicorn_settings, vllm_server
 
 OURS = ("--model", "--host", "--port", "--uds", "--headless", "--grpc", "--api-server-count", "-asc")
 """vLLM flags that contradict ``leap serve``: it names the model, binds the port and runs one API process."""

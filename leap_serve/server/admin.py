@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
 from leap_serve.errors import LeapError
-from leap_serve.server_specialists import Loaded, NotKeptError, NotLoadedError, Specialists, TakenError
-from leap_serve.specialists import MAX_PLAN_BYTES, NAME, Specialist, check_name, plan_from, read_specialist
+from leap_serve.server.slots import Loaded, NotKeptError, NotLoadedError, Specialists, TakenError
+from leap_serve.server.specialists import MAX_PLAN_BYTES, NAME, Specialist, check_name, plan_from, read_specialist
 
 ADMIN_HEADER = "X-Leap-Admin-Key"
 """Not Authorization, which holds the API key that vLLM asks for on all of /v1."""

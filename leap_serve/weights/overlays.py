@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from leap_serve.architectures import Family, Role
 from leap_serve.errors import CheckpointError, UnsupportedError
 from leap_serve.files import read_json
-from leap_serve.tensorfile import TensorEntry, read_header
+from leap_serve.weights.tensorfile import TensorEntry, read_header
 
 if TYPE_CHECKING:
     from leap_serve.checkpoint import Checkpoint

@@ -13,16 +13,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leap_serve import encoding, vllm_plans, vllm_scores
+from leap_serve import encoding
 from leap_serve.engine import Completion, Memory, Progress, RequestTiming, Score
+from leap_serve.engines import vllm_plans, vllm_scores
 from leap_serve.errors import LeapError, UnsupportedError
 
 if TYPE_CHECKING:
+    from leap_serve.engines.vllm_plans import Subset
     from leap_serve.measure import Measurement
     from leap_serve.plan import BaseModel, Plan
     from leap_serve.profile import Profile
     from leap_serve.tasks.base import Item
-    from leap_serve.vllm_plans import Subset
     from leap_serve.workload import Workload
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from leap_serve.checkpoint import FINGERPRINT_KEY, MANIFEST, Checkpoint
+from leap_serve.engines.subsets import check_plans
 from leap_serve.errors import CheckpointError, LeapError, PlanError, UnsupportedError, UsageError
 from leap_serve.files import read_json, write_json
-from leap_serve.overlays import ADAPTER_FOLDER, MERGEABLE, ROUTER_HEAD
 from leap_serve.plan import BaseModel, Plan
 from leap_serve.provenance import made_by
-from leap_serve.subsets import check_plans
-from leap_serve.tensorfile import TensorEntry, read_header
+from leap_serve.weights.overlays import ADAPTER_FOLDER, MERGEABLE, ROUTER_HEAD
+from leap_serve.weights.tensorfile import TensorEntry, read_header
 
 MAX_SPECIALISTS = 64
 """Slots of an engine."""

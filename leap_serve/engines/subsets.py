@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from leap_serve.checkpoint import Checkpoint
-from leap_serve.cut_rules import check_groups
+from leap_serve.cut.rules import check_groups
 from leap_serve.errors import LeapError, PlanError, UnsupportedError
 from leap_serve.plan import BaseModel, Plan
 

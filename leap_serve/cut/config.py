@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from leap_serve.checkpoint import COUNT_KEYS, FINGERPRINT_KEY, Checkpoint
-from leap_serve.cut_rules import Retained, architecture_of, new_ids
+from leap_serve.cut.rules import Retained, architecture_of, new_ids
 from leap_serve.errors import UnsupportedError
 from leap_serve.plan import Plan
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from leap_serve.errors import LeapError, UnsupportedError
 
 if TYPE_CHECKING:
+    from leap_serve.engines.vllm_engine import VllmEngine
     from leap_serve.plan import Plan
-    from leap_serve.vllm_engine import VllmEngine
 
 MAX_PLANS = 64
 """Plans that share the engine at one time."""
@@ -59,7 +59,7 @@ def restore(engine: VllmEngine) -> None:
 def _check(engine: VllmEngine, plans: Sequence[Plan]) -> None:
     import torch
 
-    from leap_serve.subsets import check_plans
+    from leap_serve.engines.subsets import check_plans
 
     # On a GPU the workers know better: vLLM's V2 runner captures its graphs anew.
     if not engine.enforce_eager and not torch.cuda.is_available():

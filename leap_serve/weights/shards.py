@@ -8,8 +8,8 @@ from typing import Any
 
 from leap_serve.errors import CheckpointError
 from leap_serve.files import read_json
-from leap_serve.overlays import ROUTER_HEAD
-from leap_serve.tensorfile import TensorEntry, read_header
+from leap_serve.weights.overlays import ROUTER_HEAD
+from leap_serve.weights.tensorfile import TensorEntry, read_header
 
 INDEX = "model.safetensors.index.json"
 OPTIMIZER = "optimizer.safetensors"

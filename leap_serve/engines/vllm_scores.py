@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from leap_serve import encoding
 from leap_serve.engine import Progress, Score
-from leap_serve.vllm_plans import MAX_PLANS, load_plans
+from leap_serve.engines.vllm_plans import MAX_PLANS, load_plans
 
 if TYPE_CHECKING:
+    from leap_serve.engines.vllm_engine import VllmEngine
+    from leap_serve.engines.vllm_plans import Subset
     from leap_serve.plan import Plan
     from leap_serve.tasks.base import Item
-    from leap_serve.vllm_engine import VllmEngine
-    from leap_serve.vllm_plans import Subset
 
 REFERENCES = 256 * 2**20
 """Bytes of full-model distributions that a worker holds at a time: items are scored in groups that keep within it."""

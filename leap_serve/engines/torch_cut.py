@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from leap_serve.checkpoint import Checkpoint
+from leap_serve.engines.torch_subsets import MaskedRouter, moe_blocks
 from leap_serve.errors import LeapError, UnsupportedError
 from leap_serve.plan import LayerPlan, Plan
-from leap_serve.torch_subsets import MaskedRouter, moe_blocks
 
 
 def load_model(checkpoint: Checkpoint, dtype: str | torch.dtype) -> Any:

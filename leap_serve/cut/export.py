@@ -1,7 +1,7 @@
 """A tuned cut as a plain checkpoint: router head and adapter merged into the weights, on files.
 
 What ``leap export`` writes is served like any cut: with a uniform plan by stock vLLM and stock transformers,
-without plugin and without PEFT. The sum is computed in fp32 and rounded to the checkpoint's dtype (merge.py),
+without plugin and without PEFT. The sum is computed in fp32 and rounded to the checkpoint's dtype (weights/merge.py),
 exactly as the plugin merges when it loads the tuned cut.
 """
 
@@ -20,14 +20,14 @@ import yaml
 from leap_serve import provenance
 from leap_serve.adapter import describe_overlays, plain_name
 from leap_serve.checkpoint import INDEX, MANIFEST, Checkpoint, check_cut
-from leap_serve.cut import check_destination, check_space, copy_others, whole_folder
+from leap_serve.cut.write import check_destination, check_space, copy_others, whole_folder
 from leap_serve.errors import UsageError
 from leap_serve.files import write_bytes, write_json
-from leap_serve.overlays import ADAPTER_FOLDER, ROUTER_HEAD, data_sha256
+from leap_serve.weights.overlays import ADAPTER_FOLDER, ROUTER_HEAD, data_sha256
 
 if TYPE_CHECKING:
-    from leap_serve.merge import Merge
-    from leap_serve.tensorfile import TensorEntry
+    from leap_serve.weights.merge import Merge
+    from leap_serve.weights.tensorfile import TensorEntry
 
 REPLACED = (ROUTER_HEAD, ADAPTER_FOLDER, "run")
 
@@ -73,7 +73,7 @@ def export(
         CheckpointError, UnsupportedError, UsageError: before anything is written.
         LeapError: writing failed; nothing is left under ``out``.
     """
-    from leap_serve.merge import Merge
+    from leap_serve.weights.merge import Merge
 
     began = time.monotonic()
     check_destination(folder, out)

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from leap_serve import encoding, torch_subsets
+from leap_serve import encoding
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.engine import Completion, Memory, Progress, RequestTiming, Score
+from leap_serve.engines import torch_subsets
+from leap_serve.engines.torch_cut import load_model
 from leap_serve.errors import LeapError, UnsupportedError
-from leap_serve.torch_cut import load_model
 
 if TYPE_CHECKING:
     from leap_serve.measure import Measurement
@@ -198,7 +199,7 @@ class TorchEngine:
             self._shrunk = None
 
     def _check_plans(self, plans: Sequence[Plan]) -> None:
-        from leap_serve.subsets import check_plans
+        from leap_serve.engines.subsets import check_plans
 
         check_plans(self.checkpoint, self._identity, plans)
 
@@ -213,8 +214,8 @@ class TorchEngine:
     @torch.inference_mode()  # type: ignore[untyped-decorator, unused-ignore]
     def profile(self, items: Sequence[Item], progress: Progress | None = None, *, channels: bool = False) -> Profile:
         """Collect the experts' statistics over prompt + answer of every item, one item at a time, without padding."""
+        from leap_serve.engines.torch_profile import observe
         from leap_serve.profile import assemble, check_request
-        from leap_serve.torch_profile import observe
 
         check_request(self.checkpoint, items, channels)
         self._check_whole("profile")

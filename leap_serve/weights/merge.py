@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 
-from leap_serve.overlays import Factors, Part, part_of, read_factors, router_rows
+from leap_serve.weights.overlays import Factors, Part, part_of, read_factors, router_rows
 
 if TYPE_CHECKING:
     from leap_serve.checkpoint import Checkpoint
-    from leap_serve.tensorfile import TensorEntry
+    from leap_serve.weights.tensorfile import TensorEntry
 
 _KEPT = 4
 """Pairs of factors in memory: shards list a layer's experts together, but not parameter by parameter."""

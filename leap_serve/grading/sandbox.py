@@ -24,8 +24,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from leap_serve import sandbox_child
 from leap_serve.errors import LeapError, UnsupportedError
+from leap_serve.grading import sandbox_child
 
 Barrier = Literal["namespace", "landlock", "none"]
 

@@ -21,12 +21,12 @@ import yaml
 
 from leap_serve import provenance
 from leap_serve.checkpoint import FINGERPRINT_KEY, INDEX, MANIFEST, OPTIMIZER, PICKLES, Checkpoint
-from leap_serve.cut_config import cut_config, renumbered
-from leap_serve.cut_rules import Retained, cut_pieces, fit, open_source, optimizer_pieces
+from leap_serve.cut.config import cut_config, renumbered
+from leap_serve.cut.rules import Retained, cut_pieces, fit, open_source, optimizer_pieces
 from leap_serve.errors import LeapError, UsageError
 from leap_serve.files import new_folder, read_json, write_bytes, write_json
 from leap_serve.plan import Plan
-from leap_serve.tensorfile import Made, Piece, read_header, write_tensors
+from leap_serve.weights.tensorfile import Made, Piece, read_header, write_tensors
 
 MAX_SHARD_BYTES = 5 * 10**9
 MAX_OTHER_BYTES = 256 * 2**20

@@ -1,4 +1,4 @@
-"""``python -m leap_serve.bench_worker``: one contender of a benchmark, in a process of its own.
+"""``python -m leap_serve.bench.worker``: one contender of a benchmark, in a process of its own.
 
 Speaks JSON lines: a request on standard input, its answer on standard output. Whatever vLLM prints
 goes to standard error. The parent stops the process (SIGSTOP) while the other contender is measured.
@@ -24,7 +24,7 @@ class Contender:
 
     def open(self, model: str, engine: Mapping[str, Any]) -> dict[str, Any]:
         """Load the model into the engine that serves."""
-        from leap_serve.vllm_engine import VllmEngine
+        from leap_serve.engines.vllm_engine import VllmEngine
 
         self.engine = VllmEngine(model, **engine)
         kernels = Counter(f"{one['kernel']}: {one['experts_class']}" for one in self.engine.kernels())

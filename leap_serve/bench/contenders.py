@@ -22,9 +22,9 @@ from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.engine import Progress
 from leap_serve.errors import LeapError
 from leap_serve.flops import flops_per_token
-from leap_serve.launch import dying_with_parent
 from leap_serve.measure import Sample, check_rounds, ratio, summary
 from leap_serve.provenance import command, hardware, versions
+from leap_serve.server.launch import dying_with_parent
 from leap_serve.workload import Workload
 
 OPEN_TIMEOUT_S = 1800.0
@@ -75,7 +75,7 @@ class Worker:
         self.label = label
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "leap_serve.bench_worker"],
+            [sys.executable, "-m", "leap_serve.bench.worker"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=_environment(env or {}),
             # One that is stopped hears nothing else and would stay for ever.
             preexec_fn=dying_with_parent(signal.SIGKILL),

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from leap_serve.engine import Completion, Model, NoLogprobsError, Progress, Score, mean_loss
 from leap_serve.errors import UsageError
-from leap_serve.metrics import pass_at_k
+from leap_serve.grading.metrics import pass_at_k
 from leap_serve.statistics import Interval, bootstrap, paired_bootstrap, proportion
 from leap_serve.tasks.base import Detailed, Item, Split, Task
 from leap_serve.tasks.text import Text

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from leap_serve.errors import LeapError
-from leap_serve.server_metrics import Counters
-from leap_serve.server_vllm import one_line
-from leap_serve.specialists import MAX_SPECIALISTS, Base, Specialist, write_state
+from leap_serve.server.metrics import Counters
+from leap_serve.server.specialists import MAX_SPECIALISTS, Base, Specialist, write_state
+from leap_serve.server.vllm_parts import one_line
 
 OURS = "leap_"
 """Prefix of our keys in a request's extra_args (over HTTP: vllm_xargs), which no client may set."""

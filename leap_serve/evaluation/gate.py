@@ -13,7 +13,7 @@
         max_loss_increase: 0.5
         max_degenerate_increase: 0.02
 
-A share of degenerate answers is that of answers that leap_serve.degeneration flags: loops, and repetition.
+A share of degenerate answers is that of answers that leap_serve.grading.degeneration flags: loops, and repetition.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from leap_serve.degeneration import degenerate
 from leap_serve.engine import Completion, Model, Progress
 from leap_serve.errors import LeapError, UsageError
-from leap_serve.evaluate import Evaluation, compare, evaluate, evaluate_text
+from leap_serve.evaluation.evaluate import Evaluation, compare, evaluate, evaluate_text
 from leap_serve.files import read_yaml
+from leap_serve.grading.degeneration import degenerate
 from leap_serve.statistics import Interval, paired_bootstrap
 from leap_serve.tasks.base import SPLITS, Split, Task
 from leap_serve.tasks.chat import in_chat
@@ -100,7 +100,7 @@ class Gate:
             raise UsageError("--gate", f"{path} does not exist", "check the path") from None
         problems = list(_problems(raw))
         if problems:
-            raise LeapError(path, "; ".join(problems), "see the example in leap_serve/gate.py or the README")
+            raise LeapError(path, "; ".join(problems), "see the example in leap_serve/evaluation/gate.py or the README")
         return cls(str(path), tuple(_check(entry, path.parent, chat) for entry in raw["checks"]), raw.get("by", "mean"))
 
 

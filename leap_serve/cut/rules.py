@@ -10,7 +10,7 @@ from leap_serve.architectures import Role, role_of, text_config
 from leap_serve.checkpoint import Checkpoint, check_cut, check_experts, check_rows, is_shared_scale, router_tail
 from leap_serve.errors import CheckpointError, PlanError, UnsupportedError
 from leap_serve.plan import Plan
-from leap_serve.tensorfile import Made, Piece, read_header
+from leap_serve.weights.tensorfile import Made, Piece, read_header
 
 Retained = Mapping[int, Sequence[int]]
 """Layer, MTP layers included → retained ids in the source."""
@@ -138,7 +138,7 @@ def new_ids(retained: Retained) -> dict[int, dict[int, int]]:
 
 def cut_pieces(source: Checkpoint, plan: Plan, retained: Retained) -> list[Piece | Made]:
     """Return every tensor of the cut, in the order of the source; raises where the plan's changes cannot be made."""
-    from leap_serve.remake import Remaker  # brings numpy, which looking at a checkpoint does without
+    from leap_serve.cut.remake import Remaker  # brings numpy, which looking at a checkpoint does without
 
     heads = source.head_tails()
     renamed = new_ids(retained)

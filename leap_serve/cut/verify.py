@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from leap_serve.checkpoint import Checkpoint, check_cut, check_experts, is_shared_scale, router_tail
 from leap_serve.errors import CheckpointError
-from leap_serve.tensorfile import CHUNK_BYTES, Made, Piece, TensorEntry
+from leap_serve.weights.tensorfile import CHUNK_BYTES, Made, Piece, TensorEntry
 
 if TYPE_CHECKING:
-    from leap_serve.remake import Remaker
+    from leap_serve.cut.remake import Remaker
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ def verify(folder: Path, base: Path | None = None, progress: Callable[[int, int]
     The way back from the cut's tensors to the base's is worked out here, from leap.json and the names,
     not by the code that cut; only what a plan changes in the weights is computed by the same arithmetic. Raises CheckpointError naming the first part that is not what it should be.
     """
-    from leap_serve.remake import Remaker
+    from leap_serve.cut.remake import Remaker
 
     checkpoint = Checkpoint.open(folder)
     check_cut(checkpoint)
@@ -139,7 +139,7 @@ def _is_made(made: Made, entry: TensorEntry, exact: bool) -> bool:
     """
     import numpy as np
 
-    from leap_serve.remake import DTYPES, values
+    from leap_serve.cut.remake import DTYPES, values
 
     if made.shape != entry.shape:
         return False

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from leap_serve.bench import Contender, Worker, turns
+from leap_serve.bench.contenders import Contender, Worker, turns
 from leap_serve.checkpoint import resolve_model
 from leap_serve.engine import Progress, RequestTiming
 from leap_serve.errors import LeapError
-from leap_serve.launch import Server
 from leap_serve.measure import Sample, check_rounds, sample
+from leap_serve.server.launch import Server
 from leap_serve.workload import Workload
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints measured side by side, each in a process of its own, by turns."""

@@ -1,0 +1,1 @@
+"""How one answer is graded: metrics as their authors define them, degeneration, and code run in a sandbox."""
