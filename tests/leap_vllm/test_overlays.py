@@ -21,7 +21,7 @@ from tuning import logprobs_of, tune_at_random
 
 pytestmark = pytest.mark.e2e
 # One family of each layout: a tensor per expert under either set of names, fused, fused and transposed. That the
-# merged tensors are PEFT's own is shown for every family in tests/leap_serve/test_merge.py.
+# merged tensors are PEFT's own is shown for every family in tests/leap_serve/weights/test_merge.py.
 FAMILIES = ("qwen3_moe", "mixtral", "llama4_text", "gpt_oss")
 PROMPTS = prompts(160)[:4]
 EXPORTED = ("gpt_oss",)
