@@ -132,7 +132,7 @@ def test_the_best_round_comes_back_and_patience_ends_the_run(small_cut: Path) ->
     contrary = replace(DATA, stopping=[Item(f"v/{n}", item.prompt, "XYZXYZ") for n, item in enumerate(DATA.stopping)])
     config = replace(
         SMALL, rounds=6, steps=36, labels=6, patience=2, rl_router=False, supervised_router=False, experts="full",
-        learning_rate=0.02,
+        learning_rate=0.02, acquisition=Acquisition(strategy="random"),
     )  # fmt: skip
     tuner = Tuner(small_cut, contrary, config)
     tuner.run()
