@@ -80,6 +80,7 @@ def run_python(source: str, wall_s: float = WALL_S, barrier: Barrier | None = No
     Raises:
         UnsupportedError: this kernel has no barrier.
         BarrierError: ``barrier`` was named and this kernel does not have it.
+        LeapError: the sandbox's own process ended before it came to the program, of which that says nothing.
     """
     barrier = barrier or best_barrier()
     token = secrets.token_hex(16).encode()
@@ -103,13 +104,20 @@ def run_python(source: str, wall_s: float = WALL_S, barrier: Barrier | None = No
             _kill_group(process)
         verdict.seek(0)
         said = verdict.read(STDERR_BYTES)
-        if said == token:
+        if said == sandbox_child.BEGUN + token:
             return Outcome(True, "")
         if said.startswith(b"setup: "):
             what = said.removeprefix(b"setup: ").decode(errors="replace")
             raise BarrierError("sandbox", what, "see the section on safety in the README")
         stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - STDERR_BYTES))
-        return Outcome(False, stopped or _why(process.returncode, stderr.read(), cpu_s))
+        why = stopped or _why(process.returncode, stderr.read(), cpu_s)
+        if not said and not stopped:
+            raise LeapError(
+                "sandbox",
+                f"ended before the program began: {why}",
+                "see whether leap-serve is whole and memory is left",
+            )
+        return Outcome(False, why)
 
 
 def _wait(process: subprocess.Popen[bytes], folder: Path, wall_s: float) -> str:

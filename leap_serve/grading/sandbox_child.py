@@ -1,8 +1,8 @@
 """The sandboxed process itself: ``python -I -S sandbox_child.py BARRIER PARENT CPU_S``; standard library only.
 
 Standard input holds a token, a line feed and the program. This process gives up whatever the program does not
-need, in an order that needs no privilege, and then executes the program. Standard output receives the token if the
-program ran to its end, or ``setup: why`` where a barrier could not be raised; the program itself never sees it.
+need, in an order that needs no privilege, and then executes the program. Standard output receives BEGUN before the
+program and the token if it ran to its end, or ``setup: why`` where a barrier could not be raised; the program itself never sees it.
 
 System calls are allowed by name and everything else fails with EPERM (``ALLOWED``): what the kernel learns
 tomorrow is refused, too. Sources: seccomp(2), landlock(7), user_namespaces(7), mount_setattr(2), pivot_root(2).
@@ -20,6 +20,7 @@ import struct
 import sys
 import types
 
+BEGUN = b"begun "
 MEMORY_BYTES = 512 << 20
 FILE_BYTES = 1 << 20
 DISK_BYTES = 16 << 20
@@ -212,6 +213,7 @@ def main(barrier: str, parent: int, cpu_s: int) -> None:
     except (OSError, AttributeError, ValueError) as error:
         os.write(verdict, f"setup: {error}".encode())
         os._exit(1)
+    os.write(verdict, BEGUN)
     sys.argv[:] = ["program.py"]
     sys.modules["__main__"] = module = types.ModuleType("__main__")
     exec(compile(source, "program.py", "exec", dont_inherit=True), module.__dict__)

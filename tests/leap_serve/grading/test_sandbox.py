@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
+from leap_serve.errors import LeapError
 from leap_serve.grading import sandbox_child
-from leap_serve.grading.sandbox import Barrier, BarrierError, run_python
+from leap_serve.grading.sandbox import Barrier, BarrierError, best_barrier, run_python
 
 WALL_S = 60.0  # bounded waits, never the thing under test, except where a test gives its own
 REFUSED = {"namespace": {"EPERM", "EACCES", "EROFS", "ENOENT"}, "landlock": {"EPERM", "EACCES"}}
@@ -109,6 +110,13 @@ def test_a_program_that_leaves_before_its_last_line_has_not_passed(source: str) 
 def test_text_that_is_no_program_fails_without_an_error_of_ours() -> None:
     for source in ("\udcff", "x = 1\x00", "(" * 100_000, "é = 'ü'\nassert é != 'ü'"):
         assert not run_python(source, WALL_S).passed
+
+
+def test_a_sandbox_that_does_not_start_is_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = best_barrier()
+    monkeypatch.setattr(sandbox_child, "__file__", str(tmp_path / "moved.py"))
+    with pytest.raises(LeapError, match=r"ended before the program began: .*No such file"):
+        run_python("", barrier=best)
 
 
 def test_fork_bombs_and_other_programs(barrier: Barrier) -> None:
