@@ -150,12 +150,15 @@ def _tune(work: Path, steps: int, limit: int) -> Seen:
     """Tune the agent's cuts: routing agent and adapters on actively chosen items, beside a copy of the weights; score."""
     from leap_serve.cli.tune import tune
     from leap_serve.engines.vllm_engine import VllmEngine
+    from leap_training.active_learning import Acquisition
     from leap_training.splits import validation_part
     from leap_training.tune import TuneConfig, TuneData, Tuner
     from leap_training.tune_result import write_tuned
 
+    # Items are chosen by the paper's eq. 15-17, which decode nothing: here every minute counts.
     config = TuneConfig(
-        rounds=2, labels=LABELS // 2, steps=steps, lr_warmup=10, router_warmup=4, router_every=8, patience=0
+        rounds=2, labels=LABELS // 2, steps=steps, lr_warmup=10, router_warmup=4, router_every=8, patience=0,
+        acquisition=Acquisition(),
     )  # fmt: skip
     seen: Seen = {_tuned(kept): {} for kept in KEPT}
     for name in TASKS:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,13 +179,20 @@ def test_nothing_is_asked_twice_after_a_sigkill(proxy: Proxy, tmp_path: Path) ->
 def test_ctrl_c_does_not_wait_for_a_server_that_stalls(proxy: Proxy, tmp_path: Path) -> None:
     proxy.stalls_after = 6
     command = [sys.executable, "-P", "-m", "leap_serve.cli", "eval", proxy.url, "--task", "toy-gsm", "--limit", "20"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as running:
-        deadline = time.monotonic() + 120
-        while not (kept := list(tmp_path.rglob("*.answers.jsonl"))) or kept[0].read_bytes().count(b"\n") < 6:
-            assert running.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-        running.send_signal(signal.SIGINT)
-        said, _ = running.communicate(timeout=60)
+    # A shell that runs these tests in the background has them, and what they start, ignore SIGINT.
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=heed
+    ) as running:
+        try:
+            deadline = time.monotonic() + 120
+            while not (kept := list(tmp_path.rglob("*.answers.jsonl"))) or kept[0].read_bytes().count(b"\n") < 6:
+                assert running.poll() is None and time.monotonic() < deadline
+                time.sleep(0.01)
+            running.send_signal(signal.SIGINT)
+            said, _ = running.communicate(timeout=60)
+        finally:
+            running.kill()
     assert running.returncode == 130 and said.decode().strip() == "leap eval: interrupted"
     assert kept[0].read_bytes().count(b"\n") == 6, "without --out it waits in runs/eval for the same command"
 
