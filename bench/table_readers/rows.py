@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_serve.checkpoint import Checkpoint, resolve_model
+from leap_serve.files import read_jsonl
 from leap_serve.flops import parameters
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.statistics import mean_of_few
@@ -61,8 +62,7 @@ class Rows:
     def __init__(self, folder: Path) -> None:
         self.of: dict[str, list[Row]] = {}
         for path in sorted(folder.glob("*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
+            for row in read_jsonl(path):
                 self.of.setdefault(str(row.get("bench", path.stem)), []).append(row)
 
     def find(self, bench: str, **where: Any) -> list[Row]:

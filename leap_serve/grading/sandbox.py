@@ -60,7 +60,7 @@ def best_barrier() -> Barrier:
     for barrier in ("namespace", "landlock"):
         try:
             outcome = run_python("", START_S, barrier)
-        except BarrierError as error:
+        except LeapError as error:
             reasons.append(f"{barrier}: {error.what}")
             continue
         if outcome.passed:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from leap_serve.errors import LeapError
+from leap_serve.errors import LeapError, UnsupportedError
 from leap_serve.grading import sandbox_child
 from leap_serve.grading.sandbox import Barrier, BarrierError, best_barrier, run_python
 
@@ -117,6 +117,9 @@ def test_a_sandbox_that_does_not_start_is_no_verdict(tmp_path: Path, monkeypatch
     monkeypatch.setattr(sandbox_child, "__file__", str(tmp_path / "moved.py"))
     with pytest.raises(LeapError, match=r"ended before the program began: .*No such file"):
         run_python("", barrier=best)
+    monkeypatch.delenv("LEAP_ALLOW_UNSAFE_EXECUTION", raising=False)
+    with pytest.raises(UnsupportedError, match=r"namespace: ended before .*; landlock: ended before"):
+        best_barrier.__wrapped__()
 
 
 def test_fork_bombs_and_other_programs(barrier: Barrier) -> None:
