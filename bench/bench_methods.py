@@ -5,7 +5,7 @@
     python bench/bench_methods.py --model runs/llama4-tiny/model --tuning --methods full-model reap leap --experts 32 16 8 4
 
 Each plan is made by `leap search --method` itself, run in this process with its default settings; profiles of 256
-training items by `leap profile --channels`. It is cut, and the cut scored on test items in the engine that serves.
+training items by `leap profile`, with --channels where the model has them. It is cut, and the cut scored on test items in the engine that serves.
 Tuning is leap_training.finetune's, 400 steps on 1,000 items, the same for all; tsep tunes while it prunes, and the
 model that it leaves is a row of its own. Methods with a form of their own take the nearest to the budget: intra keeps
 that share of every expert's channels, lexi halves the active experts; shares of FLOPs and weights stand in each row.
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_serve.bench.contenders import stamped
+from leap_serve.channel_sums import check_channels
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli import main as leap
 from leap_serve.cli.console import say, table
@@ -177,10 +178,15 @@ class Bench:
         return self.work / f"{cell.task}-{cell.experts}-{cell.method}-{seed}"
 
     def profile(self, task: str) -> Path:
-        """A task's profile, the same for all methods."""
+        """A task's profile, the same for all methods; with sums of channels where the model's form has them."""
         out = self.work / f"profile-{task}"
         if not out.exists():
-            run("profile", self.folder, "--task", task, "--limit", self.size.profiled, "--dtype", "float32", "--channels", "-o", out)  # fmt: skip
+            try:
+                check_channels(self.source)
+                channels = ("--channels",)
+            except LeapError:
+                channels = ()
+            run("profile", self.folder, "--task", task, "--limit", self.size.profiled, "--dtype", "float32", *channels, "-o", out)  # fmt: skip
         return out
 
     def flags(self, cell: Cell) -> list[Any]:
