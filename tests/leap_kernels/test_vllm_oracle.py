@@ -55,6 +55,6 @@ def test_we_agree_with_vllms_kernel(dtype: torch.dtype) -> None:
     weights, ids = weights.to(DEVICE), ids.to(DEVICE, torch.int32)
     config = KernelConfig(16, 1, Tile(16, 16, 1, 1), Tile(16, 16, 1, 1))
     ours = fused_moe(x, w13, w2, topk_ids=ids, topk_weights=weights, config=config)
-    torch.testing.assert_close(
-        ours, vllm_moe(x, w13, w2, ids, weights), rtol=0, atol=1e-5 if dtype == torch.float32 else 4e-3
-    )
+    # On tensor cores vLLM's kernel multiplies fp32 as TF32, ten bits a factor; ours never does.
+    exact = dtype == torch.float32 and INTERPRETED
+    torch.testing.assert_close(ours, vllm_moe(x, w13, w2, ids, weights), rtol=0, atol=1e-5 if exact else 4e-3)
