@@ -66,7 +66,7 @@ def stages(out: Path) -> list[Stage]:
         Stage("a checkpoint of every |I|", (python, str(HERE / "bench_engine_gpu.py"), "--sparse", str(sparse)),
               30, makes=sparse / "config.json"),
         Stage("tune", (python, "-m", "leap_serve.cli", "tune-kernels", str(sparse), "-o", str(tables),
-                       "--tokens", "1", "8", "32", "64", "4096"), 60),
+                       "--tokens", "1", "8", "32", "64", "256", "1024", "4096"), 60),
         Stage("kernel Qwen3-30B-A3B", (*kernel, "--models", "Qwen3-30B-A3B"), 60, tuned),
     ]  # fmt: skip
     for experts, by, contexts in (

@@ -92,6 +92,15 @@ def test_every_engine_and_model_of_the_benches_is_planned(gpu: ModuleType, tmp_p
     }  # fmt: skip
 
 
+def test_no_number_of_tokens_is_far_from_a_tuned_one(gpu: ModuleType, tmp_path: Path) -> None:
+    """vLLM, and our tables, take the launch of the nearest number: with 64 and 4096 alone, 2048 tokens would get 64's."""
+    (tune,) = [stage.command for stage in gpu.stages(tmp_path) if stage.name == "tune"]
+    tuned = [int(word) for word in tune[tune.index("--tokens") + 1 :]]
+    for tokens in (2**power for power in range(13)):
+        nearest = min(tuned, key=lambda one: abs(one - tokens))
+        assert max(nearest, tokens) <= 4 * min(nearest, tokens), f"{tokens} tokens run as {nearest} do"
+
+
 def test_without_a_gpu_it_says_so() -> None:
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "no CUDA GPU here" in done.stderr
