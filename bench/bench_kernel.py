@@ -230,6 +230,8 @@ def main() -> int:
 
         if not torch.cuda.is_available():
             parser.error("no CUDA GPU here: run it on one, or try --smoke or --resources")
+    # vLLM reads tuned files from there first: its default would be measured with them.
+    os.environ.pop("VLLM_TUNED_CONFIG_FOLDER", None)
     sweep(args, args.out or RESULTS / "kernel.jsonl")
     return 0
 

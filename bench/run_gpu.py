@@ -52,7 +52,8 @@ class Stage:
 def stages(out: Path) -> list[Stage]:
     """What runs on a GPU. Engines come in the order in which their rows matter most."""
     python, tables = sys.executable, out / "kernels"
-    tuned = {"LEAP_KERNEL_CONFIGS": str(tables), "VLLM_TUNED_CONFIG_FOLDER": str(tables)}
+    ours = {"LEAP_KERNEL_CONFIGS": str(tables)}
+    tuned = {**ours, "VLLM_TUNED_CONFIG_FOLDER": str(tables)}
     kernel = (python, str(HERE / "bench_kernel.py"), "--resume", "--out", str(out / "kernel.jsonl"))
     engine = (python, str(HERE / "bench_engine_gpu.py"), "--resume", "--out", str(out / "engine_gpu.jsonl"))
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *CORRECT)
@@ -67,7 +68,7 @@ def stages(out: Path) -> list[Stage]:
               30, makes=sparse / "config.json"),
         Stage("tune", (python, "-m", "leap_serve.cli", "tune-kernels", str(sparse), "-o", str(tables),
                        "--tokens", "1", "8", "32", "64", "256", "1024", "4096"), 60),
-        Stage("kernel Qwen3-30B-A3B", (*kernel, "--models", "Qwen3-30B-A3B"), 60, tuned),
+        Stage("kernel Qwen3-30B-A3B", (*kernel, "--models", "Qwen3-30B-A3B"), 60, ours),
     ]  # fmt: skip
     for experts, by, contexts in (
         ("128", "vllm", LONG), ("16", "vllm", LONG), ("16", "auto", LONG), ("8", "vllm", LONG),

@@ -101,6 +101,14 @@ def test_no_number_of_tokens_is_far_from_a_tuned_one(gpu: ModuleType, tmp_path: 
         assert max(nearest, tokens) <= 4 * min(nearest, tokens), f"{tokens} tokens run as {nearest} do"
 
 
+def test_vllms_default_is_measured_without_the_files_that_were_tuned(gpu: ModuleType, tmp_path: Path) -> None:
+    """Left to choose, vLLM reads a tuned file first: «vLLM default» would be «vLLM tuned» under another name."""
+    kernels = [stage for stage in gpu.stages(tmp_path) if stage.name.startswith("kernel ")]
+    assert kernels and all("VLLM_TUNED_CONFIG_FOLDER" not in stage.env for stage in kernels)
+    said = SCRIPT.with_name("bench_kernel.py").read_text(encoding="utf-8")
+    assert 'os.environ.pop("VLLM_TUNED_CONFIG_FOLDER", None)' in said, "nor may a caller's own setting reach it"
+
+
 def test_without_a_gpu_it_says_so() -> None:
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "no CUDA GPU here" in done.stderr
