@@ -110,6 +110,29 @@ def test_a_folder_that_the_user_named_is_left_alone(tmp_path: Path, monkeypatch:
     assert os.environ["VLLM_TUNED_CONFIG_FOLDER"] == "/named"
 
 
+def test_a_second_engine_reads_its_own_tuned_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM caches its variables once an engine has started, and the files it has read for as long as it lives."""
+    import vllm.envs as envs
+    from vllm.model_executor.layers.fused_moe.fused_moe import get_moe_configs
+
+    monkeypatch.delenv("VLLM_TUNED_CONFIG_FOLDER", raising=False)
+    try:
+        for warps in (4, 8):
+            folder = tmp_path / str(warps)
+            folder.mkdir()
+            file = folder / compat_experts.vllm_file_name(3, 33)
+            file.write_text(json.dumps({"1": {"num_warps": warps}}))
+            compat_experts.offer_tuned_files(folder)
+            envs.enable_envs_cache()  # as an engine does at the end of its start
+            assert get_moe_configs(3, 33, None) == {1: {"num_warps": warps}}
+            assert compat_experts.tuned_file(3, 33) == file
+        compat_experts.offer_tuned_files(None)
+        assert get_moe_configs(3, 33, None) is None
+    finally:
+        compat_experts.offer_tuned_files(None)
+        envs.disable_envs_cache()
+
+
 ENGINE = {**os.environ, **ENVIRONMENT, "TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
 
 

@@ -150,8 +150,12 @@ def kernels_of(model: nn.Module) -> list[dict[str, Any]]:
 def offer_tuned_files(folder: Path | None) -> None:
     """Let vLLM's own kernel find its tuned files in ``folder``, unless the user has named another.
 
-    By vLLM's own variable, of this process; what an engine before this one was offered is taken back.
+    By vLLM's own variable, of this process; what an engine before this one was offered is taken back. An engine that
+    has started keeps variables and files as it read them: both memories are emptied.
     """
+    import vllm.envs as envs
+    from vllm.model_executor.layers.fused_moe.fused_moe import get_moe_configs
+
     global _offered
     named = os.environ.get(_TUNED_FOLDER)
     wanted = str(folder) if folder else None
@@ -162,6 +166,8 @@ def offer_tuned_files(folder: Path | None) -> None:
     else:
         os.environ[_TUNED_FOLDER] = wanted
     _offered = wanted
+    envs.disable_envs_cache()
+    get_moe_configs.cache_clear()
 
 
 _offered: str | None = None
