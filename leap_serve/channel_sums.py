@@ -6,17 +6,13 @@ so the intermediate is computed once more, from the checkpoint's own matrices, f
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import torch
-from safetensors import safe_open
 
 from leap_serve.architectures import text_config
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.errors import UnsupportedError
-from leap_serve.weights.overlays import MERGEABLE, part_of_expert
-from leap_serve.weights.tensorfile import TensorEntry
+from leap_serve.weights.matrices import ExpertMatrix, expert_matrices, has_matrices
+from leap_serve.weights.overlays import MERGEABLE
 
 
 def check_channels(checkpoint: Checkpoint) -> None:
@@ -26,9 +22,9 @@ def check_channels(checkpoint: Checkpoint) -> None:
     odd = [
         name for name, entry in checkpoint.tensors.items()
         if (role := checkpoint.role(name)).kind in ("expert", "fused")
-        and (entry.dtype not in MERGEABLE or part_of_expert(role) is None)
+        and (entry.dtype not in MERGEABLE or not has_matrices(checkpoint.family, role, name))
     ]  # fmt: skip
-    if odd or activation != "silu" or checkpoint.family.weight_on_input:
+    if odd or activation != "silu":
         raise UnsupportedError(
             "--channels", f"needs SiLU experts of one gate, up and down matrix each; "
             f"{odd[0] if odd else f'{checkpoint.family.model_type} with {activation}'} is none", "profile without it",
@@ -38,6 +34,8 @@ def check_channels(checkpoint: Checkpoint) -> None:
 class ChannelSums:
     """float64 sums of one MoE layer: ``x2`` [E, H] of (g·x)², ``mid2`` [E, I] of (g·intermediate)².
 
+    Where the router weight multiplies the input, the intermediate is that of g·x, and no second g goes into its sum.
+
     Args:
         checkpoint: the model that runs, one that check_channels let through.
         layer: index of the MoE layer.
@@ -45,14 +43,11 @@ class ChannelSums:
     """
 
     def __init__(self, checkpoint: Checkpoint, layer: int, device: torch.device) -> None:
-        self._files: dict[Path, Any] = {}
-        self._matrices: dict[tuple[int, str], TensorEntry] = {}
+        self._matrices: dict[tuple[int, str], ExpertMatrix] = {
+            (matrix.expert, matrix.part): matrix for matrix in expert_matrices(checkpoint) if matrix.layer == layer
+        }
+        self._weight_on_input = checkpoint.family.weight_on_input
         self.device = device
-        for name, entry in checkpoint.tensors.items():
-            role = checkpoint.role(name)
-            part = part_of_expert(role)
-            if role.layer == layer and part is not None:
-                self._matrices[role.expert, part] = entry
         width, hidden = self._matrices[0, "gate"].shape
         experts = checkpoint.experts_in(layer)
         self.x2 = torch.zeros(experts, hidden, dtype=torch.float64, device=device)
@@ -64,14 +59,14 @@ class ChannelSums:
         for expert in flat.unique().tolist():
             at = (flat == expert).nonzero()[:, 0]
             rows = x[at // ids.shape[1]].float()
-            mid = torch.nn.functional.silu(rows @ self._read(expert, "gate").T) * (rows @ self._read(expert, "up").T)
             self.x2[expert] += (squares[at] * rows.double().square()).sum(0)
-            self.mid2[expert] += (squares[at] * mid.double().square()).sum(0)
+            if self._weight_on_input:
+                rows = rows * g.reshape(-1)[at, None].float()
+            mid = torch.nn.functional.silu(rows @ self._read(expert, "gate").T) * (rows @ self._read(expert, "up").T)
+            of_mid = torch.ones_like(squares[at]) if self._weight_on_input else squares[at]
+            self.mid2[expert] += (of_mid * mid.double().square()).sum(0)
 
     def _read(self, expert: int, part: str) -> torch.Tensor:
         """Return an expert's gate or up matrix [I, H] in float32."""
-        entry = self._matrices[expert, part]
-        if entry.file not in self._files:
-            self._files[entry.file] = safe_open(entry.file, "pt").__enter__()  # mapped, and unmapped with this object
-        matrix: torch.Tensor = self._files[entry.file].get_tensor(entry.name)
-        return matrix.to(self.device, torch.float32)
+        matrix = torch.from_numpy(self._matrices[expert, part].read())
+        return matrix.to(self.device)

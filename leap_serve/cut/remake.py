@@ -12,27 +12,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from leap_serve.architectures import Role
 from leap_serve.checkpoint import Checkpoint, check_narrow, width_of
 from leap_serve.errors import PlanError, UnsupportedError
 from leap_serve.plan import LayerPlan, Plan
+from leap_serve.weights.matrices import DTYPES, Array, raw, values
 from leap_serve.weights.overlays import part_of_expert
 from leap_serve.weights.tensorfile import Made, Piece, TensorEntry
 
 if TYPE_CHECKING:
     from leap_serve.profile import Profile
-
-Array = npt.NDArray[Any]
-DTYPES: Mapping[str, str] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-"""safetensors dtype → how numpy reads it; BF16 is the upper half of a float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +83,7 @@ class Remaker:
             kept = layer.channels[slot]
             if part_of_expert(role) == "down":
                 shape = (entry.shape[0], len(kept))
-                return Made(new, entry.dtype, shape, lambda: iter([_raw(entry)[:, list(kept)].tobytes()]))
+                return Made(new, entry.dtype, shape, lambda: iter([raw(entry)[:, list(kept)].tobytes()]))
             return Piece(new, entry.dtype, (len(kept), entry.shape[1]), entry.file, tuple(entry.rows(kept)))
         if not layer.ranks and self.profile is None:
             return None
@@ -142,22 +138,12 @@ def zeroed(matrix: Array, norms: Array, pattern: str, ratio: float) -> Array:
     return kept.reshape(out, size)
 
 
-def values(entry: TensorEntry, row: int | None = None) -> Array:
-    """Read a tensor, or one index of its dimension 0, as float32."""
-    raw = _raw(entry) if row is None else _raw(entry)[row]
-    return (raw.astype("<u4") << 16).view("<f4") if entry.dtype == "BF16" else raw.astype("<f4")
-
-
 def rounded(value: Array, dtype: str) -> Array:
     """Round to a safetensors dtype, to nearest and even; bfloat16 comes as the uint16 that it is stored as."""
     if dtype != "BF16":
         return value.astype(DTYPES[dtype])
     bits = np.ascontiguousarray(value, "<f4").view("<u4")
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
-
-
-def _raw(entry: TensorEntry) -> Array:
-    return np.memmap(entry.file, np.dtype(DTYPES[entry.dtype]), "r", entry.begin, entry.shape)
 
 
 def _sum(parts: Sequence[tuple[TensorEntry, float]], rows: Sequence[int] | None = None) -> Array:

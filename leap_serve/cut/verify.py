@@ -139,7 +139,7 @@ def _is_made(made: Made, entry: TensorEntry, exact: bool) -> bool:
     """
     import numpy as np
 
-    from leap_serve.cut.remake import DTYPES, values
+    from leap_serve.weights.matrices import DTYPES, values
 
     if made.shape != entry.shape:
         return False

@@ -60,6 +60,8 @@ class TorchRecorder:
         x = args[0].reshape(-1, args[0].shape[-1])
         scores, _ = block.router(x)
         ids = scores.topk(block.top_k, dim=-1).indices
+        if self.channels is not None:
+            self.channels.add(x, scores.gather(1, ids), ids)
         experts, tokens = scores.shape[1], torch.arange(x.shape[0], device=x.device)[:, None]
         f = block.experts(x.repeat(experts, 1)).view(experts, *x.shape)[ids, tokens]
         c = block.experts((x[None] * scores.T[..., None]).flatten(0, 1)).view(experts, *x.shape)[ids, tokens]

@@ -251,11 +251,57 @@ def test_the_expert_form_keeps_the_highest_and_refusals(
     assert "profile again with --channels" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "llama4_text"])
-def test_families_whose_channels_cannot_be_seen_are_refused(
-    family_checkpoint: Callable[[str], Path], family: str, tmp_path: Path
+def test_experts_in_one_tensor_with_the_weight_on_the_input(
+    family_checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = talking_copy(family_checkpoint(family), tmp_path / "m")
+    model = talking_copy(family_checkpoint("llama4_text"), tmp_path / "m")
+    engine = TorchEngine(model, dtype="float32", device="cpu")
+    engine.profile(ITEMS, channels=True).save(tmp_path / "prof")
+    profile, checkpoint = Profile.load(tmp_path / "prof"), Checkpoint.open(model)
+    layer, seen = checkpoint.moe_layers[-1], []
+    block = engine._model.model.layers[layer].feed_forward
+    block.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1]).double()))
+    with torch.no_grad():
+        for item in ITEMS:
+            engine._model(torch.tensor([engine.tokenize([item.prompt + item.answer])[0]]))
+    engine.close()
+    full = load_file(model / "model.safetensors")
+    at = f"model.layers.{layer}.feed_forward."
+    both, down = full[f"{at}experts.gate_up_proj"].double(), full[f"{at}experts.down_proj"].double()
+    experts, hidden, width = both.shape[0], both.shape[1], both.shape[2] // 2
+    x2, mid2 = torch.zeros(experts, hidden, dtype=torch.float64), torch.zeros(experts, width, dtype=torch.float64)
+    for x in torch.cat(seen):
+        score, expert = (full[f"{at}router.weight"].double() @ x).max(0)
+        inside = score.sigmoid() * x
+        x2[expert] += inside**2
+        mid2[expert] += (
+            torch.nn.functional.silu(inside @ both[expert, :, :width]) * (inside @ both[expert, :, width:])
+        ) ** 2
+    found = profile.layers[layer]
+    assert found.x2 is not None and found.mid2 is not None
+    np.testing.assert_allclose(found.x2, x2, rtol=1e-4)
+    np.testing.assert_allclose(found.mid2, mid2, rtol=1e-4)
+    # |W| summed over outputs, times what comes in: gate and up read the input, down the intermediate.
+    x, mid = (x2 / len(ITEMS)).sqrt(), (mid2 / len(ITEMS)).sqrt()
+    expected = (both.abs().sum(2) * x).sum(1) + (down.abs().sum(2) * mid).sum(1)
+    np.testing.assert_allclose(moe_pruner(profile, checkpoint)[layer], expected, rtol=1e-4)
+
+    out = tmp_path / "plan.json"
+    command = ["search", str(tmp_path / "prof"), "--model", str(model), "-o", str(out), "--method"]
+    for flags, said in (
+        (["moe-pruner", "--budget", "0.5", "--zero", "row"], "fused in one tensor"),
+        (["intra", "--budget", "0.5"], "shared expert"),
+    ):
+        assert main([*command, *flags]) in (1, 2)
+        assert said in capsys.readouterr().err and not out.exists()
+    assert main([*command, "moe-pruner", "--experts", "2"]) == 0
+    cut(model, Plan.load(out), tmp_path / "cut")
+
+
+def test_families_whose_channels_cannot_be_seen_are_refused(
+    family_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = talking_copy(family_checkpoint("gpt_oss"), tmp_path / "m")
     engine = TorchEngine(model, dtype="float32", device="cpu")
     with pytest.raises(UnsupportedError, match="SiLU experts of one gate, up and down"):
         engine.profile(ITEMS, channels=True)

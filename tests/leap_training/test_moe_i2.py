@@ -14,12 +14,12 @@ import torch
 from cut_blocks import ITEMS, cut_block, open_model, output_of
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli import main
-from leap_serve.cut.remake import values
 from leap_serve.cut.verify import verify
 from leap_serve.cut.write import cut
 from leap_serve.engines.torch_subsets import masked_routers
 from leap_serve.errors import UsageError
 from leap_serve.plan import LayerPlan, Plan
+from leap_serve.weights.matrices import values
 from leap_training.methods.blocks import BlockModel, LayerResults
 from leap_training.methods.moe_i2 import MoeI2Config, genetic, moe_i2, pruned_counts, ranks
 from leap_training.pruning_space import PruningSpace

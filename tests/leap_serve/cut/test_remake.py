@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from leap_serve.checkpoint import Checkpoint, check_cut
-from leap_serve.cut.remake import rounded, truncated, values
+from leap_serve.cut.remake import rounded, truncated
 from leap_serve.cut.verify import verify
 from leap_serve.cut.write import cut
 from leap_serve.errors import CheckpointError, PlanError, UnsupportedError, UsageError
 from leap_serve.plan import LayerPlan, Merge, Plan
+from leap_serve.weights.matrices import values
 from synthetic import make, qwen_config, qwen_tensors
 
 ROWS = (((0, 0.5), (1, 0.5)), ((2, 1.0), (3, -0.25)), ((7, 1.0),))

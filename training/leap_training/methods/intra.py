@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 
 from leap_serve.checkpoint import Checkpoint, check_narrow, width_of
-from leap_serve.cut.remake import values
 from leap_serve.errors import UsageError
 from leap_serve.plan import Plan
 from leap_serve.profile import Profile
 from leap_serve.provenance import made_by
-from leap_training.methods.moe_pruner import expert_matrices
+from leap_training.methods.moe_pruner import matrices_of
 from leap_training.saliency import Array
 
 
@@ -32,9 +31,9 @@ def importance(profile: Profile, checkpoint: Checkpoint) -> dict[int, Array]:
     """Return the importance of every expert's channels, {layer: [E, I] float64}."""
     width = width_of(checkpoint)
     found = {index: np.zeros((profile.num_experts, width)) for index in profile.layers}
-    for layer, expert, part, entry, norms in expert_matrices(profile, checkpoint):
-        matrix = np.abs(values(entry).astype(np.float64))
-        found[layer][expert] += matrix.sum(0) * norms if part == "down" else matrix @ norms
+    for matrix, norms in matrices_of(profile, checkpoint):
+        sizes = np.abs(matrix.read().astype(np.float64))
+        found[matrix.layer][matrix.expert] += sizes.sum(0) * norms if matrix.part == "down" else sizes @ norms
     return found
 
 

@@ -21,14 +21,12 @@ from typing import Literal
 import numpy as np
 
 from leap_serve.checkpoint import Checkpoint
-from leap_serve.cut.remake import values
-from leap_serve.errors import UsageError
+from leap_serve.errors import UnsupportedError, UsageError
 from leap_serve.files import sha256_of
 from leap_serve.plan import LayerPlan, Plan, Zeroed
 from leap_serve.profile import LayerProfile, Profile
 from leap_serve.provenance import made_by
-from leap_serve.weights.overlays import part_of_expert
-from leap_serve.weights.tensorfile import TensorEntry
+from leap_serve.weights.matrices import ExpertMatrix, expert_matrices
 from leap_training.saliency import Array
 
 
@@ -40,16 +38,11 @@ def norms_of(layer: LayerProfile, items: int, down: bool) -> Array:
     return np.sqrt(sums / items)
 
 
-def expert_matrices(
-    profile: Profile, checkpoint: Checkpoint
-) -> Iterator[tuple[int, int, str, TensorEntry, Array]]:  # fmt: skip
-    """Every expert matrix of the profile's layers: layer, expert, part, its tensor, the norms of its input channels."""
-    for name, entry in checkpoint.tensors.items():
-        role = checkpoint.role(name)
-        part = part_of_expert(role)
-        if role.layer in profile.layers and part is not None:
-            norms = norms_of(profile.layers[role.layer], profile.items, part == "down")[role.expert]
-            yield role.layer, role.expert, part, entry, norms
+def matrices_of(profile: Profile, checkpoint: Checkpoint) -> Iterator[tuple[ExpertMatrix, Array]]:
+    """Every expert matrix of the profile's layers, and the norms of its input channels."""
+    for matrix in expert_matrices(checkpoint):
+        if matrix.layer in profile.layers:
+            yield matrix, norms_of(profile.layers[matrix.layer], profile.items, matrix.part == "down")[matrix.expert]
 
 
 def moe_pruner(profile: Profile, checkpoint: Checkpoint) -> dict[int, Array]:
@@ -58,8 +51,8 @@ def moe_pruner(profile: Profile, checkpoint: Checkpoint) -> dict[int, Array]:
     Raises UsageError where the profile has no channel sums.
     """
     found = {index: np.zeros(profile.num_experts) for index in profile.layers}
-    for layer, expert, _, entry, norms in expert_matrices(profile, checkpoint):
-        found[layer][expert] += float(np.abs(values(entry)).sum(0, dtype=np.float64) @ norms)
+    for matrix, norms in matrices_of(profile, checkpoint):
+        found[matrix.layer][matrix.expert] += float(np.abs(matrix.read()).sum(0, dtype=np.float64) @ norms)
     return found
 
 
@@ -79,6 +72,11 @@ def unstructured(
         raise UsageError("--sparsity", f"is {ratio} with --zero {pattern}", "give a fraction in (0, 1); 2:4 is 0.5")
     for layer in profile.layers.values():
         norms_of(layer, profile.items, down=False)
+    if checkpoint.family.fused_halves:
+        raise UnsupportedError(
+            folder, "its experts are fused in one tensor, of which the cut zeroes no single weights",
+            "leave --zero away: whole experts are chosen by the same score",
+        )  # fmt: skip
     every = tuple(range(profile.num_experts))
     layers = {index: LayerPlan(every, k) for index, k in profile.top_k.items()}
     notice = f"{ratio:.0%} of the experts' weights become zero: in a dense kernel that saves neither memory nor time"
