@@ -124,6 +124,11 @@ def test_command_on_a_plan_and_flops_against_a_counted_forward_pass(
     assert main([*command, "--top-k", "2", "-o", str(tmp_path / "no.json")]) == 2
     assert main(["search", str(folder), "--method", "lexi", "--budget", "0.1", "-o", str(tmp_path / "no.json")]) == 2
     assert "lexi takes 4 to 16" in capsys.readouterr().err and not (tmp_path / "no.json").exists()
+    for share in ("nan", "inf", "0", "1.5"):
+        assert (
+            main(["search", str(folder), "--method", "lexi", "--budget", share, "-o", str(tmp_path / "no.json")]) == 2
+        )
+        assert "not a fraction" in capsys.readouterr().err
 
 
 def test_one_expert_per_token_leaves_nothing_to_do(

@@ -77,6 +77,10 @@ def check_top_k(base: Plan) -> None:
 
 def active_budget(base: Plan, k_min: int, experts: int | None = None, budget: float | None = None) -> int:
     """Return B, the active experts over all layers, from a fraction of the base's or an average per layer."""
+    if budget is not None and not 0.0 < budget <= 1.0:
+        raise UsageError(
+            "--budget", f"is {budget}, not a fraction in (0, 1]", "give the share of active experts to keep"
+        )
     own = [layer.top_k for layer in base.layers.values()]
     total = int(np.floor((budget or 0.0) * sum(own) + 0.5)) if experts is None else experts * len(own)
     fewest = sum(min(k_min, k) for k in own)
