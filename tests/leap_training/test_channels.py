@@ -241,6 +241,8 @@ def test_the_expert_form_keeps_the_highest_and_refusals(
         (["intra", "--experts", "3"], "give --budget"), (["intra", "--budget", "1.5"], "not a fraction"),
         (["intra", "--budget", "0.5", "--top-k", "1"], "--top-k"), (["intra", "--budget", "0.5", "--zero", "row"], "--zero"),
         (["moe-pruner", "--budget", "0.5", "--zero", "row", "--on", "x"], "--on"),
+        (["moe-pruner", "--budget", "0.5", "--zero", "row", "--temperature", "2"], "--temperature"),
+        (["intra", "--budget", "0.5", "--on", "x", "--temperature", "2"], "--temperature"),
     ):  # fmt: skip
         assert main([*command, *flags]) == 2
         assert said in capsys.readouterr().err and not out.exists()
