@@ -236,6 +236,8 @@ def _check_own(args: argparse.Namespace) -> None:
     for flag, methods in OWN.items():
         if getattr(args, flag) is not None and getattr(args, flag) is not False and args.method not in methods:
             raise UsageError(f"--{flag.replace('_', '-')}", f"means nothing to {args.method}", "leave it out")
+    if args.seed < 0:
+        raise UsageError("--seed", f"is {args.seed}", "give 0 or more")
 
 
 def _check_out(args: argparse.Namespace, budgets: int) -> None:

@@ -117,7 +117,8 @@ def test_what_cannot_be_searched_is_refused(
     folder, out = family_checkpoint("qwen3_moe"), tmp_path / "plan.json"
     command = ["search", str(folder), "--method", "naee", "--experts", "4", "-o", str(out)]
     for flags, said in (([], "needs --task"), (["--task", "toy-gsm", "--stop"], "--stop"),
-                        (["--task", "toy-gsm", "--on", "p.json"], "--on")):  # fmt: skip
+                        (["--task", "toy-gsm", "--on", "p.json"], "--on"),
+                        (["--task", "toy-gsm", "--seed", "-1"], "--seed: is -1")):  # fmt: skip
         assert main([*command, *flags]) == 2
         assert said in capsys.readouterr().err and not out.exists()
 
