@@ -118,7 +118,9 @@ def test_what_cannot_be_searched_is_refused(
     command = ["search", str(folder), "--method", "naee", "--experts", "4", "-o", str(out)]
     for flags, said in (([], "needs --task"), (["--task", "toy-gsm", "--stop"], "--stop"),
                         (["--task", "toy-gsm", "--on", "p.json"], "--on"),
-                        (["--task", "toy-gsm", "--seed", "-1"], "--seed: is -1")):  # fmt: skip
+                        (["--task", "toy-gsm", "--seed", "-1"], "--seed: is -1"),
+                        (["--task", "toy-gsm", "--top-k", "0"], "--top-k: is 0"),
+                        (["--task", "toy-gsm", "--top-k", "3"], "the model's is 2")):  # fmt: skip
         assert main([*command, *flags]) == 2
         assert said in capsys.readouterr().err and not out.exists()
 

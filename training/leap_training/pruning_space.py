@@ -83,6 +83,9 @@ class PruningSpace:
         temperatures = tuple(map(float, temperature if isinstance(temperature, Sequence) else [temperature]))
         if not temperatures or len(set(temperatures)) < len(temperatures) or not all(t > 0 for t in temperatures):
             raise UsageError("--temperature", f"is {list(temperatures)}", "give different values above 0")
+        most = min(routing.top_k.values())
+        if top_k is not None and not 1 <= top_k <= most:
+            raise UsageError("--top-k", f"is {top_k}, the model's is {most}", f"give 1 to {most}")
         layers, all_experts = len(routing.top_k), routing.num_experts
         uniform = allocation == "uniform"
         share = budget if budget is not None else (experts or 0) / all_experts
