@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -241,7 +242,13 @@ def _check_own(args: argparse.Namespace) -> None:
 
 
 def _check_out(args: argparse.Namespace, budgets: int) -> None:
-    """Refuse, before any work, an --out that cannot be written."""
+    """Refuse, before any work, places that cannot be written."""
+    for flag, path in (("--out", args.out), ("--state", args.state and args.state / "x"), ("--tuned", args.tuned)):
+        above = path and next(one for one in path.absolute().parents if one.exists())
+        if above and not (above.is_dir() and os.access(above, os.W_OK)):
+            raise UsageError(flag, f"is below {above}, where no file can be made", "choose another")
+    if args.tuned is not None and args.tuned.is_file():
+        raise UsageError("--tuned", f"{args.tuned} is a file", "give a folder")
     if budgets == 1 and args.out.is_dir():
         raise UsageError(args.out, "is a folder", "give the name of a file, e.g. plan.json")
     if args.out.exists() and not args.force and (budgets == 1 or args.out.is_file() or any(args.out.iterdir())):

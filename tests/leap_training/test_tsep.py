@@ -120,7 +120,8 @@ def test_the_command(
     out = tmp_path / "plan.json"
     command = ["search", str(model.checkpoint.folder), "--method", "tsep", "--experts", "4", "-o", str(out)]
     for flags, said in (([], "needs --task"), (["--task", "toy-gsm", "--on", "x"], "--on"),
-                        (["--task", "toy-gsm", "--steps", "1"], "1 steps")):  # fmt: skip
+                        (["--task", "toy-gsm", "--steps", "1"], "1 steps"),
+                        (["--task", "toy-gsm", "--tuned", __file__], "is a file")):  # fmt: skip
         assert main([*command, *flags]) == 2
         assert said in capsys.readouterr().err and not out.exists()
     tuned = tmp_path / "tuned"
