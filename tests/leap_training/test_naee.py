@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from cut_blocks import ITEMS, cut_block, open_model, output_of
+from families import make_checkpoint
+from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli import main
 from leap_serve.engines.torch_subsets import masked_routers
 from leap_serve.flops import flops_per_token
@@ -20,6 +22,7 @@ from leap_training.methods.blocks import BlockModel, LayerResults
 from leap_training.methods.naee import LayerData, naee
 from leap_training.pruning_space import PruningSpace
 from leap_training.saliency import Routing
+from tiny_tokenizer import talking_copy
 
 FAMILIES = ["qwen3_moe", "olmoe", "gpt_oss", "glm4_moe", "llama4_text"]
 E = 8
@@ -133,6 +136,17 @@ def test_a_plan_that_could_not_be_written_is_refused_before_the_search(
     folder, out = family_checkpoint("qwen3_moe"), tmp_path / "file" / "plan.json"
     assert main(["search", str(folder), "--method", "magnitude", "--experts", "4", "-o", str(out)]) == 2
     assert "--out: is below" in capsys.readouterr().err
+
+
+def test_the_ratio_is_of_weights_where_they_multiply_the_input(tmp_path: Path) -> None:
+    made = make_checkpoint("llama4_text", tmp_path / "made", num_experts_per_tok=2)
+    model = BlockModel(Checkpoint.open(talking_copy(made, tmp_path / "m")))
+    data = LayerData.of(model.layers[1], 1, model.capture(model.encode(ITEMS), tmp_path / "x", [1]))
+    best = data.z.sigmoid().topk(2, -1).values
+    ratios = best[:, 1] / best[:, 0]
+    beta = data.beta(LayerPlan(tuple(range(E)), 2))
+    assert beta == pytest.approx(float(ratios.quantile(0.5)), rel=1e-4) and beta < 1.0
+    assert data.active(LayerPlan(tuple(range(E)), 2), 0.5) == pytest.approx(1 + float((ratios >= 0.5).double().mean()))
 
 
 def test_every_method_of_search_is_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,12 +58,17 @@ class MoeLayer:
         The routing is the one that a cut by the plan has. Where the weight multiplies the input (Llama-4) it is
         part of the contribution, and chosen experts count 1.
         """
+        gates = self.gates(z, plans)
+        return (gates > 0).double() if self.family.weight_on_input else gates
+
+    def gates(self, z: torch.Tensor, plans: Sequence[LayerPlan]) -> torch.Tensor:
+        """Return the router's weight of each expert under each plan, [S, T, E] float64, 0 where it is not chosen."""
         masked = MaskedRouter(self.family)
         masked.rows = plans
         many = z.repeat(len(plans), 1)
         output = masked(self.router, None, (many, many))
         if self.family.weight_on_input:
-            dense = (output[0] > 0).double()
+            dense = output[0].double()
         else:
             _, weights, ids = output
             dense = torch.zeros(many.shape, dtype=torch.float64, device=z.device).scatter_(1, ids, weights.double())

@@ -94,12 +94,12 @@ class LayerData:
         """Return the median of p₍₂₎/p₍₁₎ over all tokens (NAEE §3.3); None where one expert is chosen."""
         if plan.top_k < 2:
             return None
-        highest = self.layer.weights(self.z, [plan])[0].topk(2, -1).values
+        highest = self.layer.gates(self.z, [plan])[0].topk(2, -1).values
         return float(np.median((highest[:, 1] / highest[:, 0]).cpu().numpy()))
 
     def active(self, plan: LayerPlan, beta: float) -> float:
         """Return how many experts a token uses on average when choices below ``beta`` times its highest are skipped."""
-        weights = self.layer.weights(self.z, [plan])[0]
+        weights = self.layer.gates(self.z, [plan])[0]
         # Of a plan's own top_k: what it has not chosen weighs 0.
         return float(((weights > 0) & (weights >= beta * weights.amax(-1, keepdim=True))).sum(-1).double().mean())
 
