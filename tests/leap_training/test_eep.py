@@ -14,7 +14,7 @@ from leap_serve.cli import main
 from leap_serve.cut.verify import verify
 from leap_serve.cut.write import cut
 from leap_serve.engines.torch_engine import TorchEngine
-from leap_serve.errors import UnsupportedError, UsageError
+from leap_serve.errors import CheckpointError, UnsupportedError, UsageError
 from leap_serve.plan import BaseModel, Plan
 from leap_training.methods.eep import Candidate, Eep, EepConfig, TaskLoss, plan_of
 from leap_training.pruning_space import PruningSpace
@@ -81,6 +81,9 @@ def test_a_search_that_is_killed_ends_as_one_that_is_not(tmp_path: Path) -> None
     assert asked[0] == 57 and np.array_equal(again.experts, whole.experts) and again.loss == whole.loss
     with pytest.raises(UsageError, match="n is 1 there and 2 now"):
         Eep(landscape, SPACE, CONFIG, tmp_path, {"n": 2}).run()
+    (tmp_path / "eep.safetensors").write_bytes(b"x" * 20)
+    with pytest.raises(CheckpointError, match="is no state of eep"):
+        Eep(landscape, SPACE, CONFIG, tmp_path, {"n": 1}).run()
 
 
 def test_a_candidate_that_only_prunes_is_an_ordinary_plan_with_the_same_loss(

@@ -13,7 +13,7 @@ from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli import main
 from leap_serve.cut.verify import verify
 from leap_serve.engines.torch_engine import TorchEngine
-from leap_serve.errors import UsageError
+from leap_serve.errors import CheckpointError, UsageError
 from leap_serve.plan import LayerPlan, Plan
 from leap_training.batches import collate
 from leap_training.finetune import FinetuneConfig, in_order
@@ -115,6 +115,9 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(family_checkpoint: Callabl
     assert steps[0] == 3 and resumed.losses == pytest.approx(whole.losses, rel=1e-4)
     other = Tsep(fresh, resumed.space, ITEMS, CONFIG, tmp_path / "state", {"n": 2})
     with pytest.raises(UsageError, match="n is 1 there and 2 now"):
+        other.run()
+    (tmp_path / "state" / "state" / "tsep.safetensors").write_bytes(b"x" * 20)
+    with pytest.raises(CheckpointError, match="is no state of tsep"):
         other.run()
 
 

@@ -28,11 +28,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from leap_serve.engine import Progress
-from leap_serve.errors import UnsupportedError, UsageError
+from leap_serve.errors import CheckpointError, UnsupportedError, UsageError
 from leap_serve.files import write_bytes
 from leap_serve.plan import LayerPlan, Merge, Plan
 from leap_serve.plan_extras import Row
@@ -220,9 +220,12 @@ class Eep:
     def _resume(self) -> None:
         if self.path is None or not self.path.exists():
             return
-        with safe_open(self.path, "np") as file:
-            note = json.loads(file.metadata()["eep"])
-            experts, router = file.get_tensor("experts"), file.get_tensor("router")
+        try:
+            with safe_open(self.path, "np") as file:
+                note = json.loads(file.metadata()["eep"])
+                experts, router = file.get_tensor("experts"), file.get_tensor("router")
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            raise CheckpointError(self.path, "is no state of eep", "remove it, or choose another --state") from None
         for key, value in self.identity.items():
             if note["of"].get(key) != value:
                 raise UsageError(

@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.cut.write import cut
 from leap_serve.engine import Progress
 from leap_serve.engines.torch_subsets import MaskedRouters, masked_routers
-from leap_serve.errors import UnsupportedError, UsageError
+from leap_serve.errors import CheckpointError, UnsupportedError, UsageError
 from leap_serve.files import new_folder
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.provenance import made_by
@@ -242,8 +242,12 @@ class Tsep:
         path = None if self.state is None else self.state / STATE / "tsep.safetensors"
         if path is None or not path.exists():
             return
+        try:
+            with safe_open(path, "pt") as file:
+                note = json.loads(file.metadata()["tsep"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            raise CheckpointError(path, "is no state of tsep", "remove it, or choose another --state") from None
         with safe_open(path, "pt", device=str(self.model.device)) as file:
-            note = json.loads(file.metadata()["tsep"])
             for key, value in self.identity.items():
                 if note["of"].get(key) != value:
                     raise UsageError(
