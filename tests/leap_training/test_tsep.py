@@ -121,6 +121,24 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(family_checkpoint: Callabl
         other.run()
 
 
+def test_the_second_half_is_saved_too(family_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    assert TsepConfig(FinetuneConfig(steps=400)).saves == tuple(range(20, 401, 20))
+
+    class Killed(Exception):
+        pass
+
+    def kill(done: int, _total: int) -> None:
+        if done == 7:
+            raise Killed
+
+    model = open_model(family_checkpoint, "qwen3_moe", tmp_path)
+    with pytest.raises(Killed):
+        run_of(model, tmp_path / "state").run(kill)
+    resumed, steps = run_of(BlockModel(Checkpoint.open(model.checkpoint.folder)), tmp_path / "state"), list[int]()
+    resumed.run(lambda done, _: steps.append(done))
+    assert steps == [7, 8] and len(resumed.losses) == 8
+
+
 def test_the_command(
     family_checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

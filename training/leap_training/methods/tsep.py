@@ -10,7 +10,7 @@ is trained, and how long, is leap_training.finetune's (experts and routers, Adam
 a table compare; ten windows up to half of the steps.
 
 Cost: forward and backward passes of all steps on the full model, its gradients and two moments per tuned weight in
-memory: 4 × the experts in fp32. A state is written after every window.
+memory: 4 × the experts in fp32. A state is written after every window, and as often after the last.
 """
 
 from __future__ import annotations
@@ -65,6 +65,12 @@ class TsepConfig:
         half = max(1, self.tuning.steps // 2)
         return tuple(sorted({max(1, half * window // self.windows) for window in range(1, self.windows + 1)}))
 
+    @property
+    def saves(self) -> tuple[int, ...]:
+        """Steps after which a state is written: the ends of windows, and as often in the second half."""
+        stride = max(1, self.tuning.steps // 2 // self.windows)
+        return (*self.ends, *range(self.ends[-1] + stride, self.tuning.steps + 1, stride))
+
     def check(self) -> None:
         """Raise UsageError on the first setting that cannot be carried out."""
         if self.tuning.steps < 2 or self.windows < 1 or not 0.0 < self.beta < 1.0:
@@ -95,7 +101,7 @@ class Tsep:
         space: the target, and the layers' top_k; a uniform one.
         items: of the task's training split.
         config: settings.
-        state: folder to save to after every window and to continue from, or None.
+        state: folder to save to (config.saves) and to continue from, or None.
         identity: what must be the same for a run to be continued (JSON values).
     """
 
@@ -145,6 +151,7 @@ class Tsep:
                     if self.step in self.config.ends:
                         self._end_window(force=self.step == self.config.ends[-1])
                         self._assign(routers)
+                    if self.step in self.config.saves:
                         self._save()
                     if progress is not None:
                         progress(self.step, tuning.steps)
