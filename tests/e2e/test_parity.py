@@ -46,6 +46,14 @@ def test_leap_tiny_cut_by_a_global_reap_plan(tmp_path: Path) -> None:
     assert min(row["controls"].values()) > CONTROL, row
 
 
+def test_llama_4_with_a_dense_layer_before_every_moe_layer(tmp_path: Path) -> None:
+    # The form of Maverick, and of llama4-tiny; the family's own checkpoint above has experts in every layer.
+    folder = make_checkpoint("llama4_text", tmp_path / "full", interleave_moe_layer_step=2)
+    row = measure({"cut": (folder, uneven_plan(folder))}, tmp_path)["cut"]
+    assert len(row["retained"]) == 2 and row["max_diff"] <= TOLERANCE, row
+    assert min(row["controls"].values()) > CONTROL, row
+
+
 def test_tensor_parallel_two(family_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     # qwen3_moe has one tensor per expert and the gate inside the runner, gpt_oss fused tensors with biases
     # (and stock vLLM wants at least as many key/value heads as ranks of it).
