@@ -3,6 +3,7 @@
     python bench/bench_tune.py --what scores       # the whole pipeline at 16, 8 and 4 of 64, three tasks
     python bench/bench_tune.py --what baselines    # rivals under the same labels and steps, hard task, 8 of 64
     python bench/bench_tune.py --what parts        # each part left out
+    python bench/bench_tune.py --what router       # the router by PPO alone, and as it was
     python bench/bench_tune.py --what few          # the same rivals with a thousand labels
     python bench/bench_tune.py --what labels       # 320 to 8,000 labels: random batches, eq. 15-17, doubt of the answer
     python bench/bench_tune.py --summary
@@ -110,10 +111,8 @@ def planned(
                 runs.append(Run(task, budget, "leap", most, seed))
         for question, methods in (
             ("baselines", ("vanilla", "full", "kd", "kd-experts", "no-active-learning")),
-            (
-                "parts",
-                ("no-rl-router", "no-supervised-router", "no-router", "no-active-learning", "no-lora", "no-agent"),
-            ),
+            ("parts", ("no-rl-router", "no-active-learning", "no-lora", "no-agent")),
+            ("router", ("no-supervised-router", "no-router")),
         ):
             runs += [Run(*HARD, method, most, seed) for method in methods if question in what]
         if "few" in what:
@@ -227,7 +226,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    questions = ("scores", "baselines", "parts", "few", "labels")
+    questions = ("scores", "baselines", "parts", "few", "labels", "router")
     parser.add_argument("--what", nargs="+", choices=questions, default=questions)
     parser.add_argument("--experts", type=int, nargs="+", default=[16, 8, 4])
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
