@@ -92,7 +92,7 @@ def _add_searching(parser: argparse.ArgumentParser, searched: tuple[str, ...]) -
     agent.add_argument("--learning-rate", type=float, help="of the policy's shared weights")
     agent.add_argument("--ppo-epochs", type=int, help="passes over the episodes of an update")
     agent.add_argument("--patience", type=int, help="stop after so many updates without a better plan")
-    agent.add_argument("--state", type=Path, help="folder to save after every update, and to continue from")
+    agent.add_argument("--state", type=Path, help="folder to save to as the search goes, and to continue from")
     agent.add_argument("--warm", type=Path, help="policy of an earlier search to start with")
     agent.add_argument("--save-policy", type=Path, help="where to write the policy's shared weights")
     ahead = parser.add_argument_group("look-ahead", "the plan that is best before tuning need not be best after it")

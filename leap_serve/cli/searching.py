@@ -27,7 +27,7 @@ from leap_serve.tasks.registry import TASKS, load_task
 if TYPE_CHECKING:
     from leap_serve.engine import Engine
     from leap_training.pruning_agent import AgentConfig
-    from leap_training.pruning_space import Latency, Ledger, PruningSpace, Reward
+    from leap_training.pruning_space import Evaluator, Latency, Ledger, PruningSpace, Reward
     from leap_training.saliency import Scores
 
 SETTINGS = ("batch", "learning_rate", "ppo_epochs", "patience", "reward", "shaping")
@@ -101,7 +101,8 @@ class Search:
             warm = self.args.warm
             for label, space in self.spaces.items():
                 folder = home if len(self.spaces) == 1 else home / label
-                found[label] = self._search(engine(), label, space, latency, folder, warm)
+                evaluate = self._evaluator(engine(), folder, stack)
+                found[label] = self._search(evaluate, label, space, latency, folder, warm)
                 warm = folder / "policy.safetensors"
             if self.args.save_policy is not None:
                 write_bytes(self.args.save_policy, warm.read_bytes())
@@ -113,16 +114,34 @@ class Search:
                 self._measure(engine(), found)
             return found
 
+    def _evaluator(self, engine: Engine, folder: Path, stack: ExitStack) -> Evaluator:
+        """The engine's losses; kept in the folder, except the agent's, whose state holds them."""
+        from leap_serve.evaluation.journal import Journal
+        from leap_training.pruning_space import engine_evaluator
+        from leap_training.search_state import remembered
+
+        evaluate = engine_evaluator(engine, self.items)
+        if self.args.method == "leap":
+            return evaluate
+        identity = [
+            self.profile.base.sha256,
+            items_sha256(self.items),
+            self.args.engine,
+            scoring_dtype(self.args.dtype),
+        ]
+        return remembered(evaluate, stack.enter_context(Journal(folder / "evaluations.jsonl")), " ".join(identity))
+
     def _search(
-        self, engine: Engine, label: str, space: PruningSpace, latency: Latency | None, folder: Path, warm: Path | None
-    ) -> Found:
-        """Search one budget by the engine's scores."""
+        self, evaluate: Evaluator, label: str, space: PruningSpace, latency: Latency | None, folder: Path,
+        warm: Path | None,
+    ) -> Found:  # fmt: skip
+        """Search one budget by the losses of its plans."""
         from leap_training.controls import SEARCHES, Given, Material
         from leap_training.pruning_agent import search
-        from leap_training.pruning_space import Ledger, engine_evaluator
+        from leap_training.pruning_space import Ledger
 
         args = self.args
-        ledger = Ledger(engine_evaluator(engine, self.items), space, self.reward, latency)
+        ledger = Ledger(evaluate, space, self.reward, latency)
         name, prior = self._ranking(ledger, folder)
         record = {
             "task": args.task, "seed": args.seed, "profile_data_sha256": self.profile.data_sha256, "notices": [],
@@ -286,7 +305,7 @@ def _check(args: argparse.Namespace, source: Profile | Checkpoint) -> Profile:
         raise UsageError("--lookahead-episodes", "needs --lookahead", "give the steps to look ahead")
     if args.method != "leap" and len(args.temperature) > 1:
         raise UsageError("--temperature", f"--method {args.method} does not search it", "give one value")
-    for flag in ("state", "warm", "save_policy", "stop", "lookahead_episodes", *SETTINGS):
+    for flag in ("warm", "save_policy", "stop", "lookahead_episodes", *SETTINGS):
         if args.method != "leap" and getattr(args, flag):
             raise UsageError(f"--{flag.replace('_', '-')}", f"means nothing to {args.method}", "leave it out")
     if args.tensorboard is not None:

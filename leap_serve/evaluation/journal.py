@@ -33,13 +33,13 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._stream: IO[bytes] = path.open("a+b")
         except OSError as error:
-            raise LeapError(path, f"cannot be written ({error.strerror})", "choose another --out") from None
+            raise LeapError(path, f"cannot be written ({error.strerror})", "choose another place") from None
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.known = self._read()
         except BlockingIOError:
             self._stream.close()
-            raise LeapError(path, "another leap eval writes it", "wait for it, or choose another --out") from None
+            raise LeapError(path, "another process writes it", "wait for it, or choose another place") from None
         except BaseException:
             self._stream.close()
             raise
@@ -81,7 +81,7 @@ class Journal:
                 known[row.pop("key")] = row
             except (ValueError, KeyError, TypeError, AttributeError):
                 where = f"{self.path}:{number}"
-                raise LeapError(where, "is no answer on record", "remove the line, or choose another --out") from None
+                raise LeapError(where, "is no answer on record", "remove the line, or choose another place") from None
         return known
 
 

@@ -95,6 +95,37 @@ def test_look_ahead_chooses_by_the_loss_after_tuning(
     assert plan.made_by["lookahead"] == ahead and plan.made_by["method"] == "leap" and plan.counts == [8] * 4
 
 
+@pytest.mark.parametrize("method", ["evolution", "rco"])
+def test_a_killed_control_evaluates_nothing_twice(profile: Path, tmp_path: Path, method: str) -> None:
+    def start(name: str, state: str) -> subprocess.Popen[bytes]:
+        command = [
+            sys.executable, "-m", "leap_serve.cli", "search", str(profile), "--method", method, *SIZE,
+            "--episodes", "80", "--engine", "torch", "-o", str(tmp_path / name), "--state", str(tmp_path / state),
+        ]  # fmt: skip
+        return subprocess.Popen(command, env={**os.environ, "PYTHONSAFEPATH": "1"})
+
+    assert start("whole.json", "one").wait(timeout=300) == 0
+    process = start("killed.json", "two")
+    journal = tmp_path / "two" / "evaluations.jsonl"
+    deadline = time.monotonic() + 300
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 3:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
+    assert not (tmp_path / "killed.json").exists()
+    known = journal.read_bytes()
+    known = known[: known.rfind(b"\n") + 1]
+    assert start("again.json", "two").wait(timeout=300) == 0
+    whole, again = (Plan.load(tmp_path / name) for name in ("whole.json", "again.json"))
+    assert again.fingerprint == whole.fingerprint
+    assert again.made_by["improvements"] == whole.made_by["improvements"]
+    # What was known stayed as it was, and every plan stands there once.
+    assert journal.read_bytes().startswith(known)
+    keys = [json.loads(line)["key"] for line in journal.read_text().splitlines()]
+    assert len(set(keys)) == len(keys) == again.made_by["evaluations"]
+
+
 @pytest.mark.parametrize("prior", ["gate-mass", "best"])
 def test_a_killed_search_continues_to_the_same_plan(profile: Path, tmp_path: Path, prior: str) -> None:
     def start(name: str, state: str) -> subprocess.Popen[bytes]:
@@ -135,7 +166,7 @@ def test_refusals_before_any_model_is_loaded(profile: Path, tmp_path: Path, caps
     assert "tries 6 rankings" in refused(*SIZE, "--episodes", "5")
     assert "--guard-super-experts" in refused(*SIZE, "--guard-super-experts")
     assert "needs a profile" in refused(*SIZE, source="leap-tiny")
-    assert "means nothing to greedy" in refused(*SIZE, "--state", str(tmp_path / "state"), method="greedy")
+    assert "means nothing to greedy" in refused(*SIZE, "--warm", str(tmp_path / "policy"), method="greedy")
     assert "name a size twice" in refused("--experts", "8", "8", *TASK)
     assert "needs --lookahead" in refused(*SIZE, "--lookahead-episodes", "4")
     assert "uniform" in refused(*SIZE, method="evo-counts")

@@ -150,7 +150,9 @@ def test_the_command_profiles_with_transformers(
                  str(tmp_path / "plan.json")]) == 0  # fmt: skip
 
 
-def test_a_cut_with_uneven_layers_is_not_profiled(family_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_cut_with_uneven_layers_or_skipping_is_not_profiled(
+    family_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
     model = Checkpoint.open(family_checkpoint("qwen3_moe"))
     for counts, even in (((4, 4, 4, 4), True), ((4, 4, 4, 5), False)):
         layers = {index: LayerPlan(tuple(range(count)), 2) for index, count in enumerate(counts)}
@@ -163,6 +165,11 @@ def test_a_cut_with_uneven_layers_is_not_profiled(family_checkpoint: Callable[[s
                 check_request(Checkpoint.open(out), [Item("", "a", "b")])
     with pytest.raises(LeapError, match="no items"):
         check_request(model, [])
+    # A choice that is skipped is no hit of an expert, and looks like one of the token's best.
+    skipping = dict.fromkeys(range(4), LayerPlan((0, 1, 2, 3), 2, skip=0.5))
+    cut(model.folder, Plan(model.identity(), 8, skipping), tmp_path / "skipping")
+    with pytest.raises(UnsupportedError, match="skips experts by the token"):
+        check_request(Checkpoint.open(tmp_path / "skipping"), [Item("", "a", "b")])
 
 
 BAD_LINES = {"{": "not valid JSON", '{"prompt": "a"}': "neither", "[1]": "not a JSON object", '{"text": 3}': "neither"}

@@ -16,6 +16,7 @@ from leap_serve.cli import main
 from leap_serve.errors import LeapError, UnsupportedError, UsageError
 from leap_serve.plan import BaseModel, Plan
 from leap_serve.profile import LayerProfile, Profile
+from leap_training.pruning_space import PruningSpace
 from leap_training.saliency import METHODS, OBSERVED, Routing, allocate, scores, super_experts
 from profiles import simulate
 
@@ -119,6 +120,13 @@ def test_too_few_experts_lower_top_k_with_a_notice_or_are_refused() -> None:
     assert plan.made_by["notices"] == [
         "top_k is lowered to the number of experts that can be chosen, in layers [0, 1, 2]"
     ]
+    # Searches say the same of what they find, and nothing where that top_k was asked for.
+    space, asked = (PruningSpace.of(Routing.of(profile), experts=2, top_k=top_k) for top_k in (None, 2))
+    made = space.plan(space.best_of(found), method="evolution", notices=["one"])
+    assert made.made_by["notices"] == ["one", *plan.made_by["notices"]] and asked.notices == ()
+    for refused in (allocate, lambda _, routing, **size: PruningSpace.of(routing, **size)):
+        with pytest.raises(UsageError, match="--top-k: is 4, the model's is 3"):
+            refused(found, Routing.of(profile), experts=6, top_k=4)  # type: ignore[operator]
     with pytest.raises(UsageError, match="keeps 6 experts in all, but 3 layers with their top_k need 9"):
         allocate(found, Routing.of(profile), experts=2, allocation="global")
     assert allocate(found, Routing.of(profile), experts=2, allocation="global", top_k=1).counts != []

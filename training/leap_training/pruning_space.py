@@ -15,7 +15,7 @@ from leap_serve.errors import LeapError, UnsupportedError, UsageError
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.provenance import made_by
 from leap_serve.tasks.base import Item
-from leap_training.saliency import Routing, Scores
+from leap_training.saliency import Routing, Scores, check_top_k, lowered_notice
 
 Chosen = npt.NDArray[np.bool_]
 """What a plan chooses, [L, W]: the experts [L, E], then, where τ is searched, which of G temperatures [L, G]."""
@@ -46,6 +46,7 @@ class PruningSpace:
         uniform: whether every layer retains ``cap``.
         temperatures: router temperatures τ that a layer may have; with more than one they are searched too.
         may_stop: whether a plan may retain fewer than the budget; never in uniform spaces.
+        lowered: layers whose top_k is below the one asked for, since they retain no more experts.
     """
 
     routing: Routing
@@ -55,6 +56,7 @@ class PruningSpace:
     uniform: bool
     temperatures: tuple[float, ...] = (1.0,)
     may_stop: bool = False
+    lowered: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -83,9 +85,7 @@ class PruningSpace:
         temperatures = tuple(map(float, temperature if isinstance(temperature, Sequence) else [temperature]))
         if not temperatures or len(set(temperatures)) < len(temperatures) or not all(t > 0 for t in temperatures):
             raise UsageError("--temperature", f"is {list(temperatures)}", "give different values above 0")
-        most = min(routing.top_k.values())
-        if top_k is not None and not 1 <= top_k <= most:
-            raise UsageError("--top-k", f"is {top_k}, the model's is {most}", f"give 1 to {most}")
+        check_top_k(top_k, routing)
         layers, all_experts = len(routing.top_k), routing.num_experts
         uniform = allocation == "uniform"
         share = budget if budget is not None else (experts or 0) / all_experts
@@ -94,17 +94,24 @@ class PruningSpace:
         per_layer = max(1, math.floor(share * all_experts + 0.5))
         total = per_layer * layers if uniform else max(1, math.floor(share * all_experts * layers + 0.5))
         wanted = tuple(min(top_k or own, all_experts) for own in routing.top_k.values())
+        lowered: tuple[int, ...] = ()
         if uniform:
+            lowered = tuple(layer for layer, k in zip(routing.top_k, wanted, strict=True) if k > per_layer)
             wanted = tuple(min(k, per_layer) for k in wanted)
         if total < sum(wanted):
             raise UsageError("--budget", f"keeps {total} experts, the layers' top_k need {sum(wanted)}", "keep more")
         cap = per_layer if uniform else all_experts
-        return cls(routing, total, cap, wanted, uniform, temperatures, may_stop)
+        return cls(routing, total, cap, wanted, uniform, temperatures, may_stop, lowered)
 
     @property
     def layers(self) -> tuple[int, ...]:
         """MoE layers of the model, in order."""
         return tuple(self.routing.top_k)
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What ``made_by["notices"]`` of a plan of this space says, whatever found it."""
+        return (lowered_notice(self.lowered),) if self.lowered else ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -161,6 +168,8 @@ class PruningSpace:
                 self.layers, self.experts(chosen), self.top_k, self._temperatures_of(chosen), strict=True
             )
         }
+        if provenance:
+            provenance["notices"] = [*provenance.get("notices", ()), *self.notices]
         record = made_by(**provenance) if provenance else {}
         return Plan(self.routing.base, self.routing.num_experts, layers, scores or {}, record)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,8 +169,7 @@ def allocate(
     A layer that keeps fewer than top_k experts gets a smaller top_k; ``made_by["notices"]`` says so.
     Raises UsageError for a budget that cannot be met.
     """
-    if top_k is not None and not 1 <= top_k <= routing.num_experts:
-        raise UsageError("--top-k", f"is {top_k}, the model has {routing.num_experts} experts", "choose one within")
+    check_top_k(top_k, routing)
     if routing.num_experts % routing.groups:
         raise UnsupportedError(
             "routing", f"{routing.num_experts} experts in {routing.groups} groups", "restore config.json"
@@ -191,10 +190,22 @@ def allocate(
         layers[layer] = LayerPlan(tuple(retained), min(wanted[layer], reach), temperature)
     lowered = [layer for layer in layers if layers[layer].top_k < wanted[layer]]
     if lowered:
-        notices.append(f"top_k is lowered to the number of experts that can be chosen, in layers {lowered}")
+        notices.append(lowered_notice(lowered))
     record = made_by(allocation=allocation, budget=budget, experts=experts, notices=notices, **provenance)
     kept = {layer: tuple(map(float, found[layer])) for layer in layers}
     return Plan(routing.base, routing.num_experts, layers, kept, record)
+
+
+def check_top_k(top_k: int | None, routing: Routing) -> None:
+    """Raise UsageError for a top_k that the cut would refuse: every layer must have it."""
+    most = min(routing.top_k.values())
+    if top_k is not None and not 1 <= top_k <= most:
+        raise UsageError("--top-k", f"is {top_k}, the model's is {most}", f"give 1 to {most}")
+
+
+def lowered_notice(layers: Sequence[int]) -> str:
+    """What a plan says of layers that retain fewer experts than a token would be routed to."""
+    return f"top_k is lowered to the number of experts that can be chosen, in layers {list(layers)}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,16 +15,40 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from leap_serve.errors import CheckpointError, UsageError
+from leap_serve.evaluation.journal import Journal
 from leap_serve.files import read_json, sha256_of, write_bytes, write_json
+from leap_serve.plan import Plan
 from leap_serve.profile import Profile
 
 if TYPE_CHECKING:
     from leap_training.pruning_agent import Agent
+    from leap_training.pruning_space import Evaluator
 
 
 CARRIED = 8.0
 """Largest offset that is carried over. A finished search is sure of itself (offsets of 30 and more), and a policy that
 starts so sharp hardly tries anything: on leap-tiny it ended behind a cold one, this one starts and ends level or ahead."""
+
+
+def remembered(evaluate: Evaluator, journal: Journal, identity: str) -> Evaluator:
+    """Losses of plans, of which the journal keeps every one: what it knows is not evaluated again, even after a kill.
+
+    A search that is a function of its seed and of these losses so goes on where it was killed, by running once more.
+
+    Args:
+        evaluate: plans → losses.
+        journal: where they are kept.
+        identity: of all that decides a loss beside the plan: model, items, engine.
+    """
+
+    def ask(plans: Sequence[Plan]) -> list[float]:
+        keys = [f"{identity} {plan.fingerprint}" for plan in plans]
+        new = {key: plan for key, plan in zip(keys, plans, strict=True) if key not in journal.known}
+        for key, loss in zip(new, evaluate(list(new.values())) if new else (), strict=True):
+            journal.add(key, {"loss": float(loss)})
+        return [journal.known[key]["loss"] for key in keys]
+
+    return ask
 
 
 def save_policy(agent: Agent, profile: Profile, path: Path) -> None:

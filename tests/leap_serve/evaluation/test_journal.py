@@ -91,7 +91,7 @@ def test_damage_elsewhere_is_named(tmp_path: Path) -> None:
 
 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
-    with Journal(tmp_path / "j"), pytest.raises(LeapError, match="another leap eval writes it"):
+    with Journal(tmp_path / "j"), pytest.raises(LeapError, match="another process writes it"):
         Journal(tmp_path / "j")
     Journal(tmp_path / "j").done(keep=False)
     assert not (tmp_path / "j").exists()

@@ -258,7 +258,7 @@ def plan_of(best: Candidate, space: PruningSpace, renormalises: bool, **provenan
         merge = Merge(_rows(experts), _rows(router))
         layers[index] = LayerPlan(names, k, merge=merge)
     notices = [] if plain else ["experts are merged and the router mapped: served with leap-serve's architecture only"]
-    record = made_by(method="eep", notices=notices, merged=not plain, **provenance)
+    record = made_by(method="eep", notices=[*notices, *space.notices], merged=not plain, **provenance)
     return Plan(space.routing.base, space.routing.num_experts, layers, made_by=record)
 
 

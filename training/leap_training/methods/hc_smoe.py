@@ -103,7 +103,10 @@ def hc_smoe(
             progress(number, len(space.layers))
     record = made_by(
         method="hc-smoe", clusters={str(index): results.get(index)["clusters"] for index in layers},
-        notices=["experts are merged and the router's choices mapped: served with leap-serve's architecture only"],
+        notices=[
+            "experts are merged and the router's choices mapped: served with leap-serve's architecture only",
+            *space.notices,
+        ],
         **provenance,
     )  # fmt: skip
     return Plan(space.routing.base, space.routing.num_experts, layers, made_by=record)

@@ -185,7 +185,7 @@ def moe_i2(
     counts = search.counts()
     search.candidates(counts)
     layers = search.combine()
-    notices = []
+    notices = list(space.notices)
     if len(set(counts.values())) > 1:
         notices.append("layers retain different numbers of experts: in vLLM the cut needs leap-serve's plugin")
     if config.rank is not None:

@@ -227,7 +227,8 @@ class Tsep:
         return made_by(
             method="tsep", beta=self.config.beta, windows=self.history, steps=tuning.steps, items=len(self.items),
             seed=tuning.seed, first_loss=self.losses[0], last_loss=sum(last) / len(last),
-            notices=["the experts were chosen while the model was tuned: --tuned writes what it has become"], **provenance,
+            notices=["the experts were chosen while the model was tuned: --tuned writes what it has become", *self.space.notices],
+            **provenance,
         )  # fmt: skip
 
     def _save(self) -> None:
