@@ -170,6 +170,24 @@ def test_accumulation_and_checkpointing_change_no_gradient(small_cut: Path, sett
         torch.testing.assert_close(gradient, other[name], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("experts", ["lora", "full"])
+def test_checkpointing_computes_every_layer_twice_and_nothing_drops_out(small_cut: Path, experts: Any) -> None:
+    """Choosing labels must not switch the model to training mode, nor checkpointing off."""
+    for checkpointing, passes in ((False, 1), (True, 2)):
+        tuner = Tuner(small_cut, DATA, replace(SMALL, experts=experts, checkpointing=checkpointing))
+        layers = [block for name, block in tuner.base.named_modules() if name.endswith(".mlp")]
+        calls: list[int] = []
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        batch = collate(tuner.tokenizer, DATA.pool[:5], 0.0)
+        for _ in range(2):
+            calls.clear()
+            tuner._expert_step(batch, 0)
+            assert len(calls) == passes * len(layers) > 0
+            assert not any(module.training for name, module in tuner.base.named_modules() if name.endswith("self_attn"))
+            tuner._label()
+
+
 def test_minibatches_visit_every_labelled_item_once_per_epoch(small_cut: Path) -> None:
     tuner = Tuner(small_cut, DATA, replace(SMALL, acquisition=Acquisition(strategy="random")))
     tuner._label()

@@ -107,7 +107,7 @@ def collect(
     text) is judged by its text. Batches hold prompts of similar length.
 
     Args:
-        model: a causal LM of a supported family, full or cut; its training mode is left as it was.
+        model: a causal LM of a supported family, full or cut; the training mode of each of its modules is left as it was.
         tokenizer: the model's.
         items: the pool.
         how: which uncertainty, of which layers.
@@ -124,7 +124,8 @@ def collect(
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     kept = 0 if how.uncertainty == "output" else 1
     u, h = [], []
-    was_training = model.training
+    # Parts may differ in their mode: of a model that PEFT has wrapped the adapters alone are in training mode.
+    were_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with _watched(model, how) as watch:
@@ -144,7 +145,8 @@ def collect(
                 if progress is not None:
                     progress(min(start + batch, len(order)), len(order))
     finally:
-        model.train(was_training)
+        for module in were_training:
+            module.training = True
     back = torch.tensor(order, dtype=torch.long).argsort()
     return Features(torch.cat(u)[back], torch.cat(h)[back])
 

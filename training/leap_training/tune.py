@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers import AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.encoding import items_sha256
@@ -164,6 +165,11 @@ class Tuner:
         self.agent = RoutingAgent(base, self.checkpoint.family, config.exploration)
         torch.manual_seed(config.seed)
         self.base, self.model = base, wrap(base, config.rank, config.rank) if config.experts == "lora" else base
+        # No dropout: its draws would be no function of (seed, tick).
+        self.model.eval()
+        for module in self.model.modules() if config.checkpointing else ():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True  # it alone, not what it holds: transformers recomputes nothing in eval mode
         self.experts = self._experts()
         self.routers = {f"router.{name}": p for name, p in self.agent.heads.named_parameters()}
         moved = list(self.experts.values()) + (list(self.routers.values()) if config.supervised_router else [])
