@@ -27,7 +27,7 @@ from pathlib import Path
 from leap_serve.files import read_json, write_json
 
 HERE = Path(__file__).resolve().parent
-CORRECT = ("tests/leap_kernels/test_fused_moe.py", "tests/leap_kernels/test_vllm_oracle.py")
+CORRECT = tuple(f"tests/leap_kernels/test_{name}.py" for name in ("fused_moe", "vllm_oracle", "timing"))
 LOGS = "gpu_logs"
 SMALL_GRID = ("1", "16", "64", "512", "4096")
 SHORT, LONG = ("128",), ("128", "2048")

@@ -40,11 +40,13 @@ def median_us(layer: Layer, sets: int, rounds: int, device: torch.device, repeat
 
 def _replay(layer: Layer, sets: int, repeat: int) -> Callable[[], float]:
     """Capture a graph; what is returned replays it once and gives µs a layer."""
-    stream = torch.cuda.Stream()
+    current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(current)  # weights and tokens may still be under way there
     with torch.cuda.stream(stream):
         # Compiles, and lets lazy libraries set themselves up outside the capture.
         for index in range(min(2, sets)):
             layer(index)
+    current.wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

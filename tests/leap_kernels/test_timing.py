@@ -1,0 +1,28 @@
+"""The stopwatch: who takes turns with whom, and that a layer's data are there before it runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from leap_kernels.timing import interleaved_us
+
+
+def test_contenders_take_turns_on_rotating_weights() -> None:
+    """Each is warmed up once; then every round begins with another one, and each goes through all sets in order."""
+    calls: list[tuple[str, int]] = []
+    contenders = {name: lambda index, name=name: calls.append((name, index)) for name in "ab"}
+    times = interleaved_us(contenders, sets=2, rounds=3, device=torch.device("cpu"))
+    a, b = [("a", 0), ("a", 1)], [("b", 0), ("b", 1)]
+    assert calls == [("a", 0), ("b", 0), *a, *b, *b, *a, *a, *b]
+    assert {name: len(found) for name, found in times.items()} == {"a": 3, "b": 3}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: streams")
+def test_the_first_run_waits_for_its_data() -> None:
+    data, seen = torch.zeros(1, device="cuda"), []
+    torch.cuda._sleep(10**8)  # tens of milliseconds, and only then the data are written
+    data.fill_(1.0)
+    interleaved_us({"": lambda _: seen.append(data.clone())}, sets=1, rounds=1, device=torch.device("cuda"))
+    assert seen[0].item() == 1.0
