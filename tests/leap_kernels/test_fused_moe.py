@@ -285,3 +285,12 @@ def test_inside_torch_compile() -> None:
         return fused_moe(x * 1.0, w13, w2, logits, top_k=2) + 0.0
 
     close(layer(x, logits), exact(x, w13, w2, logits.double(), top_k=2))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED or torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_a_gpu_that_is_not_the_current_one() -> None:
+    x, w13, w2 = (tensor.to("cuda:1") for tensor in Case("", 17, 8, 2, 128, 64, BF16).weights())
+    logits = torch.randn(17, 8, device="cuda:1")
+    close(fused_moe(x, w13, w2, logits, top_k=2), exact(x, w13, w2, logits.double(), top_k=2))
+    assert torch.cuda.current_device() == 0

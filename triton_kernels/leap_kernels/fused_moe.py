@@ -106,13 +106,15 @@ def fused_moe(
     if not len(x):
         return out
     config = config or default_config(len(x), len(w13), top_k, x.element_size())
-    routing = _route_tokens(
-        len(x), len(w13), top_k, config.block_m, router_logits, topk_ids, topk_weights,
-        scoring, temperature, bias, renormalise, scale, expert_map,
-    )  # fmt: skip
-    hidden = _gate_up(x, w13, routing, weight_on_input, config)
-    # Only ids given from outside may leave a token without an expert.
-    _down(hidden, w2, routing, not weight_on_input, router_logits is None, config, out)
+    # Triton launches on the current GPU, whose addresses the tensors of another are not.
+    with torch.cuda.device_of(x):
+        routing = _route_tokens(
+            len(x), len(w13), top_k, config.block_m, router_logits, topk_ids, topk_weights,
+            scoring, temperature, bias, renormalise, scale, expert_map,
+        )  # fmt: skip
+        hidden = _gate_up(x, w13, routing, weight_on_input, config)
+        # Only ids given from outside may leave a token without an expert.
+        _down(hidden, w2, routing, not weight_on_input, router_logits is None, config, out)
     return out
 
 
