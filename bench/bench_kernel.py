@@ -32,8 +32,8 @@ MODELS = {"Qwen3-30B-A3B": (2048, 768, 8), "Qwen3-235B-A22B": (4096, 1536, 8), "
 """Name → H, I, top_k."""
 EXPERTS = (128, 64, 32, 16, 8)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-SMOKE = {"models": {"tiny": (32, 16, 2)}, "experts": (4, 3), "tokens": (1, 5), "dtype": "float32", "rotated": 1}
-GPU = {"models": MODELS, "experts": EXPERTS, "tokens": TOKENS, "dtype": "bfloat16", "rotated": 2**29}
+SMOKE = {"models": {"tiny": (32, 16, 2)}, "experts": (4, 3), "tokens": (1, 5), "dtype": "float32"}
+GPU = {"models": MODELS, "experts": EXPERTS, "tokens": TOKENS, "dtype": "bfloat16"}
 
 
 def machine(device: Any, smoke: bool) -> dict[str, float]:
@@ -148,7 +148,7 @@ def sweep(args: argparse.Namespace, out: Path) -> None:
     import torch
 
     from leap_kernels.tuning import Shape, device_name, find_table
-    from leap_kernels.workbench import Workbench
+    from leap_kernels.workbench import ROTATED_BYTES, Workbench
 
     plan: dict[str, Any] = SMOKE if args.smoke else GPU
     device = torch.device("cpu" if args.smoke else "cuda")
@@ -163,7 +163,7 @@ def sweep(args: argparse.Namespace, out: Path) -> None:
             if not todo:
                 continue
             shape = Shape(experts, hidden, width, min(top_k, experts), plan["dtype"])
-            bench = Workbench(shape, device, plan["rotated"])
+            bench = Workbench(shape, device, 1 if args.smoke else ROTATED_BYTES)
             tuned = None if args.smoke else find_table(shape, name)
             rows = []
             for tokens in todo:

@@ -1,4 +1,4 @@
-"""The stopwatch: who takes turns with whom, and that a layer's data are there before it runs."""
+"""The stopwatch and what it is held to: contenders take turns, no cache holds the weights, no layer runs before its data."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from leap_kernels.timing import interleaved_us
+from leap_kernels.tuning import Shape
+from leap_kernels.workbench import Workbench
 
 
 def test_contenders_take_turns_on_rotating_weights() -> None:
@@ -16,6 +18,15 @@ def test_contenders_take_turns_on_rotating_weights() -> None:
     a, b = [("a", 0), ("a", 1)], [("b", 0), ("b", 1)]
     assert calls == [("a", 0), ("b", 0), *a, *b, *b, *a, *a, *b]
     assert {name: len(found) for name, found in times.items()} == {"a": 3, "b": 3}
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(128, 8), (8, 8), (16, 1)])
+def test_what_one_token_reads_in_a_round_outgrows_the_cache(experts: int, top_k: int) -> None:
+    """However many experts lie unread beside those it chose."""
+    bench = Workbench(Shape(experts, 32, 16, top_k, "float32"), torch.device("cpu"), rotated_bytes=2**19)
+    batch = bench.batch(1)
+    assert batch.distinct() == top_k
+    assert 0.8 * 2**19 < len(bench.w13) * batch.distinct() * bench.expert_bytes < 1.2 * 2**19
 
 
 @pytest.mark.gpu
