@@ -97,41 +97,44 @@ def contenders(bench: Any, batch: Any, tuned: Any, smoke: bool) -> dict[str, Mad
     return made
 
 
-def agreeing(made: dict[str, Made]) -> tuple[dict[str, Callable[[int], Any]], dict[str, str]]:
-    """Return the layers that run and give what ours gives, and why each of the others does not take part."""
-    running: dict[str, Callable[[int], Any]] = {}
+def agreeing(made: dict[str, Made], sets: int, device: Any) -> tuple[dict[str, Callable[[], float]], dict[str, str]]:
+    """Return the stopwatches of layers that give what ours gives, and why each of the others does not take part.
+
+    Made ready one after the other: what runs alone may still refuse to be captured in a CUDA graph.
+    """
+    from leap_kernels.timing import stopwatch
+
+    running: dict[str, Callable[[], float]] = {}
     absent: dict[str, str] = {}
     expected: Any = None
     for name, make in made.items():
         try:
             layer = make()
             found = layer(0).float()
+            expected = found if expected is None else expected
+            apart = ((found - expected).abs().max() / expected.abs().max()).item()
+            if apart < 0.05:
+                running[name] = stopwatch(layer, sets, device)
+                continue
         except Exception as error:
             if name in PROVEN:
                 raise
             absent[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             continue
-        expected = found if expected is None else expected
-        apart = ((found - expected).abs().max() / expected.abs().max()).item()
-        if apart < 0.05:
-            running[name] = layer
-        elif name in PROVEN:
+        if name in PROVEN:
             raise SystemExit(f"{name} differs from ours by {apart:.3f} of the largest output: nothing is timed")
-        else:
-            absent[name] = f"its output differs from ours by {apart:.3f} of the largest"
+        absent[name] = f"its output differs from ours by {apart:.3f} of the largest"
     return running, absent
 
 
 def measure(bench: Any, tokens: int, rates: dict[str, float], tuned: Any, rounds: int, smoke: bool) -> dict[str, Any]:
     """Time all contenders on one batch, after checking that they agree; returns the row's numbers in µs."""
-    import torch
-
-    from leap_kernels.timing import interleaved_us
+    from leap_kernels.timing import in_turns
 
     batch = bench.batch(tokens)
-    running, absent = agreeing(contenders(bench, batch, tuned, smoke))
-    sets, device = len(bench.w13), torch.device(bench.device)
-    times = interleaved_us(running, sets, rounds, device)
+    made = contenders(bench, batch, tuned, smoke)
+    running, absent = agreeing(made, len(bench.w13), bench.device)
+    times = in_turns(running, rounds)
     by_bytes = bench.bytes_read(batch) / rates["copy_gb_s"] / 1e3
     by_flops = bench.flops(batch) / rates["matrix_tflop_s"] / 1e6
     floor = max(by_bytes, by_flops)

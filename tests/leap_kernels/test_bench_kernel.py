@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "bench_kernel.py"
+
+
+def loaded(script: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.e2e
@@ -26,6 +38,27 @@ def test_smoke(tmp_path: Path) -> None:
         assert "neither installed nor carried by this vLLM" in row["absent"]["OpenAI triton_kernels"]
         assert row["distinct_experts"] <= min(row["experts"], 2 * row["tokens"])
     assert "3 experts, top-2" in done.stdout
+
+
+def runs_once() -> Callable[[], Callable[[int], torch.Tensor]]:
+    """Makes a layer that runs and is right, but not a second time: as one that cannot be captured in a CUDA graph."""
+
+    def make() -> Callable[[int], torch.Tensor]:
+        left = [torch.ones(2)]
+        return lambda _: left.pop()
+
+    return make
+
+
+def test_a_layer_that_runs_but_cannot_be_timed_is_left_out_with_its_reason() -> None:
+    bench, cpu = loaded(SCRIPT), torch.device("cpu")
+    sound = lambda: lambda _: torch.ones(2)  # noqa: E731
+    made = {"ours": sound, "torch grouped_mm": runs_once(), "OpenAI triton_kernels": sound}
+    running, absent = bench.agreeing(made, 2, cpu)
+    assert set(running) == {"ours", "OpenAI triton_kernels"} and all(run() > 0 for run in running.values())
+    assert absent == {"torch grouped_mm": "IndexError: pop from empty list"}
+    with pytest.raises(IndexError):
+        bench.agreeing({"ours": sound, "vLLM default": runs_once()}, 2, cpu)
 
 
 def test_smoke_times_stay_out_of_the_results() -> None:

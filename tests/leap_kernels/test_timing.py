@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from leap_kernels.timing import interleaved_us
+from leap_kernels.timing import in_turns, stopwatch
 from leap_kernels.tuning import Shape
 from leap_kernels.workbench import Workbench
 
@@ -14,7 +14,8 @@ def test_contenders_take_turns_on_rotating_weights() -> None:
     """Each is warmed up once; then every round begins with another one, and each goes through all sets in order."""
     calls: list[tuple[str, int]] = []
     contenders = {name: lambda index, name=name: calls.append((name, index)) for name in "ab"}
-    times = interleaved_us(contenders, sets=2, rounds=3, device=torch.device("cpu"))
+    runs = {name: stopwatch(layer, 2, torch.device("cpu")) for name, layer in contenders.items()}
+    times = in_turns(runs, rounds=3)
     a, b = [("a", 0), ("a", 1)], [("b", 0), ("b", 1)]
     assert calls == [("a", 0), ("b", 0), *a, *b, *b, *a, *a, *b]
     assert {name: len(found) for name, found in times.items()} == {"a": 3, "b": 3}
@@ -35,5 +36,16 @@ def test_the_first_run_waits_for_its_data() -> None:
     data, seen = torch.zeros(1, device="cuda"), []
     torch.cuda._sleep(10**8)  # tens of milliseconds, and only then the data are written
     data.fill_(1.0)
-    interleaved_us({"": lambda _: seen.append(data.clone())}, sets=1, rounds=1, device=torch.device("cuda"))
+    stopwatch(lambda _: seen.append(data.clone()), 1, torch.device("cuda"))
     assert seen[0].item() == 1.0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs")
+def test_a_capture_that_fails_leaves_the_next_one_whole() -> None:
+    """Waiting for a result is no part of a graph; the layer after it is timed as if nothing had been."""
+    data, before = torch.ones(1, device="cuda"), torch.cuda.current_stream()
+    with pytest.raises(RuntimeError):
+        stopwatch(lambda _: data.item(), 1, torch.device("cuda"))
+    assert torch.cuda.current_stream() == before
+    assert stopwatch(lambda _: data * 2, 1, torch.device("cuda"))() > 0

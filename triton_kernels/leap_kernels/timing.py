@@ -10,22 +10,14 @@ import torch
 
 Layer = Callable[[int], object]
 """Runs one layer once, with the i-th of the rotating sets of weights."""
+Run = Callable[[], float]
+"""Runs a contender once and gives µs a layer."""
 
 
-def interleaved_us(
-    contenders: Mapping[str, Layer], sets: int, rounds: int, device: torch.device, repeat: int = 1
-) -> dict[str, list[float]]:
-    """Return each contender's times in µs a layer, one per round; in every round all run, in turning order.
-
-    On a GPU ``repeat`` × ``sets`` layers are captured in a CUDA graph, as an engine's decode step runs them, and
-    a replay is timed between two events. Without a GPU the clock times direct calls: for smoke tests only.
-    """
-    if device.type == "cuda":
-        runs = {name: _replay(layer, sets, repeat) for name, layer in contenders.items()}
-    else:
-        runs = {name: _direct(layer, sets, repeat) for name, layer in contenders.items()}
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
+def in_turns(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Return each contender's times in µs a layer, one per round; in every round all run, in turning order."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
     for number in range(rounds):
         turned = number % len(names)
         for name in names[turned:] + names[:turned]:
@@ -33,12 +25,26 @@ def interleaved_us(
     return times
 
 
+def stopwatch(layer: Layer, sets: int, device: torch.device, repeat: int = 1) -> Run:
+    """Return what runs ``repeat`` × ``sets`` layers and gives µs a layer. Raises whatever the layer does.
+
+    On a GPU the layers are captured in a CUDA graph, as an engine's decode step runs them, and a replay is timed
+    between two events: one that waits for its own results, say, cannot be captured. Without a GPU the clock times
+    direct calls: for smoke tests only.
+    """
+    if device.type != "cuda":
+        return _direct(layer, sets, repeat)
+    # A capture that fails leaves its own stream the current one.
+    with torch.cuda.stream(torch.cuda.current_stream()):
+        return _replay(layer, sets, repeat)
+
+
 def median_us(layer: Layer, sets: int, rounds: int, device: torch.device, repeat: int = 1) -> float:
     """Return the median time of one layer in µs."""
-    return statistics.median(interleaved_us({"": layer}, sets, rounds, device, repeat)[""])
+    return statistics.median(in_turns({"": stopwatch(layer, sets, device, repeat)}, rounds)[""])
 
 
-def _replay(layer: Layer, sets: int, repeat: int) -> Callable[[], float]:
+def _replay(layer: Layer, sets: int, repeat: int) -> Run:
     """Capture a graph; what is returned replays it once and gives µs a layer."""
     current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
     stream.wait_stream(current)  # weights and tokens may still be under way there
@@ -66,7 +72,7 @@ def _replay(layer: Layer, sets: int, repeat: int) -> Callable[[], float]:
     return run
 
 
-def _direct(layer: Layer, sets: int, repeat: int) -> Callable[[], float]:
+def _direct(layer: Layer, sets: int, repeat: int) -> Run:
     layer(0)
 
     def run() -> float:
