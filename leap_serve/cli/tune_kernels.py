@@ -149,7 +149,8 @@ def _tune(
         raise LeapError(folder, str(error), "remove that file, or name another folder with -o") from None
     if on_gpu:
         write_json(
-            folder / compat_experts.vllm_file_name(shape.experts, shape.width), vllm_file(found, triton.__version__)
+            folder / compat_experts.vllm_file_name(shape.experts, shape.width, shape.dtype),
+            vllm_file(found, triton.__version__),
         )
     return found
 

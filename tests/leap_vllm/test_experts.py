@@ -120,17 +120,39 @@ def test_a_second_engine_reads_its_own_tuned_files(tmp_path: Path, monkeypatch: 
         for warps in (4, 8):
             folder = tmp_path / str(warps)
             folder.mkdir()
-            file = folder / compat_experts.vllm_file_name(3, 33)
+            file = folder / compat_experts.vllm_file_name(3, 33, "bfloat16")
             file.write_text(json.dumps({"1": {"num_warps": warps}}))
             compat_experts.offer_tuned_files(folder)
             envs.enable_envs_cache()  # as an engine does at the end of its start
             assert get_moe_configs(3, 33, None) == {1: {"num_warps": warps}}
-            assert compat_experts.tuned_file(3, 33) == file
+            assert compat_experts.tuned_file(3, 33, "bfloat16") == file
         compat_experts.offer_tuned_files(None)
         assert get_moe_configs(3, 33, None) is None
     finally:
         compat_experts.offer_tuned_files(None)
         envs.disable_envs_cache()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_vllm_reads_the_file_that_is_written_for_a_dtype(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked as its kernel asks: by the shapes of the weights and what its quantisation calls the dtype of x."""
+    from vllm.model_executor.layers.fused_moe import fused_moe
+    from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
+
+    monkeypatch.delenv("VLLM_TUNED_CONFIG_FOLDER", raising=False)
+    launch = {"BLOCK_SIZE_M": 16, "num_warps": 2}
+    (tmp_path / compat_experts.vllm_file_name(3, 33, dtype)).write_text(json.dumps({"1": launch}))
+    try:
+        compat_experts.offer_tuned_files(tmp_path)
+        asked = FUSED_MOE_UNQUANTIZED_CONFIG.config_name(getattr(torch, dtype))
+        assert fused_moe.try_get_optimal_moe_config((3, 66, 8), (3, 8, 33), 2, asked, 5) == launch
+        assert compat_experts.tuned_file(3, 33, dtype) is not None
+        told_apart = {name for name in ("bfloat16", "float16") if compat_experts.tuned_file(3, 33, name) is None}
+        assert told_apart == ({"bfloat16", "float16"} if dtype == "float32" else set())
+    finally:
+        compat_experts.offer_tuned_files(None)
 
 
 ENGINE = {**os.environ, **ENVIRONMENT, "TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1"}

@@ -31,6 +31,8 @@ PROBES: Mapping[str, tuple[str, ...]] = {
         "num_local_experts", "hidden_dim", "experts_per_token", "in_dtype", "activation", "has_bias",
         "is_lora_enabled", "moe_parallel_config", "swiglu_limit", "swiglu_alpha", "swiglu_beta",
     ),
+    f"{_MOE}.config:FusedMoEQuantConfig.config_name": ("dtype",),
+    f"{_MOE}.fused_moe:get_config_file_name": ("E", "N", "dtype"),
 }  # fmt: skip
 """What register_experts relies on, as in compat.PROBES."""
 _TUNED_FOLDER = "VLLM_TUNED_CONFIG_FOLDER"
@@ -136,7 +138,9 @@ def kernels_of(model: nn.Module) -> list[dict[str, Any]]:
         launches = chosen.launches if chosen else None
         if chosen and chosen.kernel == "vllm" and backend == "TRITON":
             moe = runner.moe_config
-            launches = tuned_file(moe.num_local_experts, moe.intermediate_size_per_partition)
+            launches = tuned_file(
+                moe.num_local_experts, moe.intermediate_size_per_partition, str(moe.in_dtype).removeprefix("torch.")
+            )
         found.append({
             "layer": layer, "kernel": chosen.kernel if chosen else "vllm",
             "experts_class": getattr(experts, "__name__", type(method).__name__),
@@ -173,14 +177,14 @@ def offer_tuned_files(folder: Path | None) -> None:
 _offered: str | None = None
 
 
-def tuned_file(experts: int, width: int) -> Path | None:
+def tuned_file(experts: int, width: int, dtype: str) -> Path | None:
     """Return the file of measured launches that vLLM's kernel takes for an unquantised shape here, or None."""
     import vllm.envs as envs
     from vllm.model_executor.layers.fused_moe import fused_moe
 
     shipped = Path(fused_moe.__file__).parent / "configs"
     for folder in (envs.VLLM_TUNED_CONFIG_FOLDER, shipped):
-        if folder and (path := Path(folder) / vllm_file_name(experts, width)).is_file():
+        if folder and (path := Path(folder) / vllm_file_name(experts, width, dtype)).is_file():
             return path
     return None
 
@@ -253,8 +257,14 @@ def _on_input(rest: tuple[Any, ...], more: dict[str, Any]) -> bool:
     return bool(more["apply_router_weight_on_input"] if "apply_router_weight_on_input" in more else rest[-1])
 
 
-def vllm_file_name(experts: int, width: int) -> str:
-    """vLLM's name for the tuned file of an unquantised shape on this device."""
+def vllm_file_name(experts: int, width: int, dtype: str) -> str:
+    """vLLM's name for the tuned file of an unquantised shape on this device; bfloat16 and float16 share theirs.
+
+    Nor does it tell shapes apart that differ in H or top_k alone.
+    """
+    import torch
+    from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
     from vllm.model_executor.layers.fused_moe.fused_moe import get_config_file_name
 
-    return str(get_config_file_name(experts, width, None))
+    selector = FUSED_MOE_UNQUANTIZED_CONFIG.config_name(getattr(torch, dtype))
+    return str(get_config_file_name(experts, width, selector))
