@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,25 +156,36 @@ def _tune(
 
 
 def tune_vllm(bench: Workbench, tokens: int) -> tuple[float, dict[str, int]]:
-    """Return the fastest launch of vLLM's kernel found by descent over its own tuner's space, and its µs."""
+    """Return the fastest launch of vLLM's kernel found by descent over its own tuner's space, and its µs.
+
+    Our file hides the one that vLLM may ship for the shape: its launch is a start as well as vLLM's default.
+    """
     from leap_kernels.workbench import guarded_us
-    from leap_vllm import compat_contenders
+    from leap_vllm import compat_contenders, compat_experts
 
     shape, batch = bench.shape, bench.batch(tokens)
 
-    def measure(config: dict[str, int]) -> float:
-        layer = compat_contenders.vllm_layer(batch.x, bench.w13, bench.w2, batch.ids, batch.weights, config)
+    def measure(config: Mapping[str, int]) -> float:
+        layer = compat_contenders.vllm_layer(batch.x, bench.w13, bench.w2, batch.ids, batch.weights, dict(config))
         return guarded_us(lambda: layer, len(bench.w13), 5, bench.device)
 
-    best = {
-        "num_warps": 4, "num_stages": 3,
-        **compat_contenders.vllm_default(tokens, shape.experts, shape.hidden, shape.width, shape.top_k),
-    }  # fmt: skip
-    best_us = measure(best)
-    for group in compat_contenders.vllm_changes():
+    file_name = compat_experts.vllm_file_name(shape.experts, shape.width, shape.dtype)
+    starts = compat_contenders.vllm_launches(
+        tokens, shape.experts, shape.hidden, shape.width, shape.top_k, file_name
+    )  # fmt: skip
+    return descend(starts, compat_contenders.vllm_changes(), measure)
+
+
+def descend(
+    starts: Sequence[Mapping[str, int]], groups: Sequence[Sequence[Mapping[str, int]]],
+    measure: Callable[[Mapping[str, int]], float],
+) -> tuple[float, dict[str, int]]:  # fmt: skip
+    """Return the lowest µs and its launch: the fastest start, then each group of changes on the best so far."""
+    best_us, best = min(((measure(start), dict(start)) for start in starts), key=lambda found: found[0])
+    for group in groups:
         for trial in [{**best, **change} for change in group]:
             if trial != best and (us := measure(trial)) < best_us:
-                best, best_us = trial, us
+                best_us, best = us, trial
     return best_us, best
 
 

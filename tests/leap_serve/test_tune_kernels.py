@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import pytest
 from leap_kernels.tuning import Shape
 from leap_serve import cli
 from leap_serve.checkpoint import Checkpoint
-from leap_serve.cli.tune_kernels import shapes_of
+from leap_serve.cli.tune_kernels import descend, shapes_of
 from leap_serve.cut.write import cut
 from leap_serve.plan import LayerPlan, Plan
 
@@ -85,3 +85,28 @@ def test_a_folder_that_cannot_hold_tables(
     said = capsys.readouterr().err
     assert f"{damaged}: not a table of kernel configurations" in said and "remove that file" in said
     assert damaged.read_text() == "{" and list(damaged.parent.iterdir()) == [damaged]
+
+
+def test_vllms_launches_include_the_one_that_it_ships() -> None:
+    """Qwen3-30B-A3B on an H200: vLLM would run the shipped launch of the nearest number of tokens, were ours not there."""
+    from leap_vllm.compat_contenders import vllm_launches
+
+    name = "E=128,N=768,device_name=NVIDIA_H200.json"
+    default, shipped = vllm_launches(1000, 128, 2048, 768, 8, name)
+    assert shipped == vllm_launches(1024, 128, 2048, 768, 8, name)[1] != default
+    assert set(shipped) <= set(default), "a change reaches every field of either"
+    assert vllm_launches(1000, 128, 2048, 768, 8, "E=127,N=768,device_name=NVIDIA_H200.json") == [default]
+
+
+def test_no_start_of_a_descent_is_faster_than_its_end() -> None:
+    """From the default alone this landscape's descent ends on the near side of a ridge, at 6 µs."""
+    cost = {(0, 0): 7.0, (1, 0): 6.0, (0, 1): 8.0, (1, 1): 9.0, (2, 2): 3.0, (2, 0): 8.0, (0, 2): 8.0, (1, 2): 9.0}
+
+    def measure(launch: Mapping[str, int]) -> float:
+        return cost.get((launch["warps"], launch["stages"]), 5.0)
+
+    groups = [[{"warps": n} for n in (0, 1, 2)], [{"stages": n} for n in (0, 1, 2)]]
+    default, shipped = {"warps": 0, "stages": 0}, {"warps": 2, "stages": 1}
+    assert descend([default], groups, measure) == (6.0, {"warps": 1, "stages": 0})
+    assert descend([default, shipped], groups, measure) == (3.0, {"warps": 2, "stages": 2})
+    assert descend([shipped, default], [], measure) == (5.0, shipped)

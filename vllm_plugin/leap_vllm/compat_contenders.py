@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leap_serve.errors import UnsupportedError
+from leap_serve.files import read_json
 from leap_vllm import compat
 
 if TYPE_CHECKING:
@@ -44,11 +46,18 @@ def vllm_layer(
     return run
 
 
-def vllm_default(tokens: int, experts: int, hidden: int, width: int, top_k: int) -> dict[str, int]:
-    """The launch that vLLM chooses for a shape without a tuned file."""
-    from vllm.model_executor.layers.fused_moe.fused_moe import get_default_config
+def vllm_launches(
+    tokens: int, experts: int, hidden: int, width: int, top_k: int, file_name: str
+) -> list[dict[str, int]]:
+    """What vLLM runs where nobody tuned: its default for a shape and, where it ships ``file_name``, the launch in there."""
+    from vllm.model_executor.layers.fused_moe import fused_moe
 
-    found: dict[str, int] = get_default_config(tokens, experts, width, hidden, top_k, None)
+    default = fused_moe.get_default_config(tokens, experts, width, hidden, top_k, None)
+    found: list[dict[str, int]] = [{"num_warps": 4, "num_stages": 3, **default}]
+    shipped = Path(fused_moe.__file__).parent / "configs" / file_name
+    if shipped.is_file():
+        launches = {int(key): launch for key, launch in read_json(shipped).items() if key.isdecimal()}
+        found.append(launches[min(launches, key=lambda measured: abs(measured - tokens))])
     return found
 
 
