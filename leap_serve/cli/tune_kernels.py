@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     folder = args.out or checkpoint.folder / BESIDE_WEIGHTS
     _check_writable(folder)
     name, tokens = device_name(device), sorted(set(args.tokens or TOKENS))
+    files = vllm_files(shapes, folder, name)
+    for file, (kept, *others) in files.items():
+        if others:
+            say(f"vLLM's file {file} is one for several shapes: it will hold the launches of {_described(kept, shapes)}, "
+                f"which {' and '.join(_described(other, shapes) for other in others)} must follow as well")  # fmt: skip
     found = []
     with noted_bar("tuning") as bar:
         for number, shape in enumerate(shapes):
@@ -63,7 +69,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             def done(finished: int, of: int, before: int = number * len(tokens), experts: int = shape.experts) -> None:
                 bar(before + finished, len(shapes) * of, f"|I| = {experts}")
 
-            found.append(_tune(shape, device, name, folder, tokens, done))
+            (file,) = (one for one, sharing in files.items() if shape in sharing)
+            found.append(_tune(shape, device, name, folder, tokens, done, file, files[file][0]))
     _show(found, name)
     with_folder = "" if args.out is None else f"LEAP_KERNEL_CONFIGS={folder} VLLM_TUNED_CONFIG_FOLDER={folder} "
     say(f"serve with {with_folder}leap serve {args.checkpoint}")
@@ -93,8 +100,11 @@ def _check_writable(folder: Path) -> None:
         raise UsageError(folder, f"cannot be written ({error.strerror})", "name another folder with -o") from None
 
 
-def shapes_of(checkpoint: Checkpoint, dtype: str, tp: int) -> list[Shape]:
-    """Return the distinct shapes of a checkpoint's MoE layers, small |I| first. Raises UnsupportedError, UsageError."""
+def shapes_of(checkpoint: Checkpoint, dtype: str, tp: int) -> dict[Shape, int]:
+    """Return each shape among a checkpoint's MoE layers and how many have it, small |I| first.
+
+    Raises UnsupportedError, UsageError.
+    """
     from leap_kernels.tuning import Shape
 
     config = text_config(checkpoint.config)
@@ -105,27 +115,64 @@ def shapes_of(checkpoint: Checkpoint, dtype: str, tp: int) -> list[Shape]:
         )
     plan, layers = checkpoint.plan, checkpoint.moe_layers
     # A plan may narrow a layer's experts as well (its width).
-    sizes = (
-        {(len(layer.retained), layer.top_k, layer.width or full) for layer in plan.layers.values()}
-        if plan else {(checkpoint.num_experts, checkpoint.top_k, full)} if layers else set()
+    sizes = Counter(
+        [(len(layer.retained), layer.top_k, layer.width or full) for layer in plan.layers.values()]
+        if plan else [(checkpoint.num_experts, checkpoint.top_k, full)] * len(layers)
     )  # fmt: skip
     for _, _, width in sorted(sizes):
         if tp < 1 or width % tp:
             raise UsageError("--tp", f"{tp} ranks do not share {width} intermediate channels", "give a divisor")
     hidden = int(config["hidden_size"])
-    return [Shape(experts, hidden, width // tp, top_k, dtype) for experts, top_k, width in sorted(sizes)]
+    return {
+        Shape(experts, hidden, width // tp, top_k, dtype): number
+        for (experts, top_k, width), number in sorted(sizes.items())
+    }
+
+
+def vllm_files(shapes: Mapping[Shape, int], folder: Path, device: str) -> dict[str, list[Shape]]:
+    """Return the names of vLLM's files and the shapes that read each, first the one of most layers: its launches go in.
+
+    vLLM names them by |I|, I and a part of the dtype alone. Raises UsageError where ``folder`` holds a table of another
+    shape that would share one: its launches would be lost. LeapError: a damaged table.
+    """
+    from leap_kernels.tuning import Table
+    from leap_vllm.compat_experts import vllm_file_name
+
+    found: dict[str, list[Shape]] = {}
+    for shape in sorted(shapes, key=lambda one: (shapes[one], one.top_k), reverse=True):
+        found.setdefault(vllm_file_name(shape.experts, shape.width, shape.dtype), []).append(shape)
+    for path in sorted(folder.glob(f"E=*,H=*,device_name={device.replace(' ', '_')}.json")):
+        try:
+            other = Table.load(path).shape
+        except ValueError as error:
+            raise _damaged(folder, error) from None
+        name = vllm_file_name(other.experts, other.width, other.dtype)
+        if other not in shapes and name in found:
+            raise UsageError(
+                path, f"vLLM has one file, {name}, for this shape and that of {found[name][0].file_name(device)}",
+                "name another folder with -o",
+            )  # fmt: skip
+    return found
+
+
+def _damaged(folder: Path, error: ValueError) -> LeapError:
+    return LeapError(folder, str(error), "remove that file, or name another folder with -o")
+
+
+def _described(shape: Shape, shapes: Mapping[Shape, int]) -> str:
+    return f"top-{shape.top_k} ({shapes[shape]} layer{'' if shapes[shape] == 1 else 's'})"
 
 
 def _tune(
-    shape: Shape, device: torch.device, name: str, folder: Path, tokens: list[int], done: Callable[[int, int], None]
-) -> Table:
-    """Tune one shape, ours and vLLM's, and write both files. Raises LeapError for a damaged table in the folder."""
+    shape: Shape, device: torch.device, name: str, folder: Path, tokens: list[int], done: Callable[[int, int], None],
+    file: str, held: Shape,
+) -> Table:  # fmt: skip
+    """Tune one shape, ours and vLLM's; write our table and, if it is the shape ``held`` in vLLM's ``file``, that one."""
     import torch
     import triton
 
     from leap_kernels.tuning import tune_shape, vllm_file
     from leap_kernels.workbench import ROTATED_BYTES, Workbench
-    from leap_vllm import compat_experts
 
     on_gpu = device.type == "cuda"
     limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin if on_gpu else SHARED_MEMORY
@@ -140,18 +187,16 @@ def _tune(
     def vllm_at(number: int) -> tuple[float, dict[str, int]]:
         return tune_vllm(bench, number)
 
+    about = made_by(versions=versions(), vllm_file={"name": file, "holds": held.file_name(name)})
     try:
         found = tune_shape(
-            shape, name, folder, tokens, limit, made_by(versions=versions()), measure_at,
+            shape, name, folder, tokens, limit, about, measure_at,
             vllm_at if on_gpu else None, done, prepare_at if on_gpu else None,
         )  # fmt: skip
     except ValueError as error:
-        raise LeapError(folder, str(error), "remove that file, or name another folder with -o") from None
-    if on_gpu:
-        write_json(
-            folder / compat_experts.vllm_file_name(shape.experts, shape.width, shape.dtype),
-            vllm_file(found, triton.__version__),
-        )
+        raise _damaged(folder, error) from None
+    if on_gpu and shape == held:
+        write_json(folder / file, vllm_file(found, triton.__version__))
     return found
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from leap_kernels.tuning import Shape
+from leap_kernels.config import default_config
+from leap_kernels.tuning import INTERPRETED, Entry, Shape, Table
 from leap_serve import cli
 from leap_serve.checkpoint import Checkpoint
-from leap_serve.cli.tune_kernels import descend, shapes_of
+from leap_serve.cli.tune_kernels import descend, shapes_of, vllm_files
 from leap_serve.cut.write import cut
+from leap_serve.errors import UsageError
 from leap_serve.plan import LayerPlan, Plan
+from leap_vllm.compat_contenders import vllm_launches
+from leap_vllm.compat_experts import vllm_file_name
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +40,17 @@ def test_every_distinct_shape_once(pruned: Path, family_checkpoint: Callable[[st
     checkpoint = Checkpoint.open(pruned)
     hidden = checkpoint.config["hidden_size"]
     assert len(checkpoint.moe_layers) > 3, "some shape comes twice"
-    shapes = [
-        Shape(3, hidden, 16, 1, "float16"),
-        Shape(3, hidden, 32, 1, "float16"),
-        Shape(5, hidden, 32, 2, "float16"),
-    ]
+    shapes = {
+        Shape(3, hidden, 16, 1, "float16"): len(checkpoint.moe_layers) - 2,
+        Shape(3, hidden, 32, 1, "float16"): 1,
+        Shape(5, hidden, 32, 2, "float16"): 1,
+    }
     assert shapes_of(checkpoint, "float16", 1) == shapes
-    assert shapes_of(checkpoint, "float16", 4) == [replace(shape, width=shape.width // 4) for shape in shapes]
-    full = shapes_of(Checkpoint.open(family_checkpoint("qwen3_moe")), "bfloat16", 1)
-    assert full == [Shape(8, hidden, 32, 2, "bfloat16")]
+    assert shapes_of(checkpoint, "float16", 4) == {
+        replace(shape, width=shape.width // 4): layers for shape, layers in shapes.items()
+    }
+    whole = Checkpoint.open(family_checkpoint("qwen3_moe"))
+    assert shapes_of(whole, "bfloat16", 1) == {Shape(8, hidden, 32, 2, "bfloat16"): len(whole.moe_layers)}
 
 
 @pytest.mark.parametrize(
@@ -87,10 +94,42 @@ def test_a_folder_that_cannot_hold_tables(
     assert damaged.read_text() == "{" and list(damaged.parent.iterdir()) == [damaged]
 
 
+def test_layers_that_differ_in_top_k_alone_share_vllms_file(tmp_path: Path) -> None:
+    """It holds what the most layers run; another checkpoint's launches of the same name are not written over."""
+    eight, four = Shape(16, 64, 32, 8, "float16"), Shape(16, 64, 32, 4, "float16")
+    name = vllm_file_name(16, 32, "float16")
+    assert vllm_files({four: 40, eight: 8}, tmp_path, "A GPU") == {name: [four, eight]}
+    assert vllm_files({four: 4, eight: 4}, tmp_path, "A GPU") == {name: [eight, four]}
+    entry = Entry(default_config(1, 16, 8, 2), 1.0)
+    for other in (replace(eight, hidden=96), replace(eight, dtype="bfloat16")):
+        there = Table(other, "A GPU", {1: entry}).save(tmp_path)
+        assert vllm_files({replace(eight, dtype="float32"): 1, other: 1}, tmp_path, "A GPU")
+        with pytest.raises(UsageError, match=re.escape(f"{there}: vLLM has one file, {name}, for this shape and that")):
+            vllm_files({eight: 1}, tmp_path, "A GPU")
+        assert vllm_files({eight: 1}, tmp_path, "Another GPU")
+        there.unlink()
+
+
+def test_a_shared_file_is_announced(
+    family_checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Before anything is measured; here the tables are there already, so nothing has to be."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    whole = Checkpoint.open(family_checkpoint("qwen3_moe"))
+    layers = {layer: LayerPlan((0, 2, 3), 1 + (place == 1)) for place, layer in enumerate(whole.moe_layers)}
+    cut(whole.folder, Plan(whole.identity(), whole.num_experts, layers), tmp_path / "cut")
+    shapes = shapes_of(Checkpoint.open(tmp_path / "cut"), "float32", 1)
+    for shape in shapes:
+        Table(shape, INTERPRETED, {1: Entry(default_config(1, 3, 1, 4), 1.0)}).save(tmp_path / "cut" / "kernels")
+    command = ["tune-kernels", str(tmp_path / "cut"), "--dtype", "float32", "--tokens", "1"]
+    assert cli.main(command) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"will hold the launches of top-1 ({len(layers) - 1} layers), which top-2 (1 layer) must follow" in said
+
+
 def test_vllms_launches_include_the_one_that_it_ships() -> None:
     """Qwen3-30B-A3B on an H200: vLLM would run the shipped launch of the nearest number of tokens, were ours not there."""
-    from leap_vllm.compat_contenders import vllm_launches
-
     name = "E=128,N=768,device_name=NVIDIA_H200.json"
     default, shipped = vllm_launches(1000, 128, 2048, 768, 8, name)
     assert shipped == vllm_launches(1024, 128, 2048, 768, 8, name)[1] != default
