@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli.console import noted_bar, say, table
 from leap_serve.errors import LeapError, UnsupportedError, UsageError
 from leap_serve.files import write_json
+from leap_serve.plan import Plan
 from leap_serve.provenance import made_by, versions
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ EPILOG = """\
 Two files a shape are written: ours, and one in vLLM's own format, from which stock vLLM profits too. In CKPT/kernels,
 where they go by themselves, the engine finds both; from another folder they are taken with
   LEAP_KERNEL_CONFIGS=DIR VLLM_TUNED_CONFIG_FOLDER=DIR leap serve CKPT
+An engine chooses its kernel for the layers that it loads: one that is shrunk at run time (--plan) follows tables of the
+smaller layers where tables of the whole ones made it take ours, or with LEAP_KERNEL=ours.
 Interrupted, the same command goes on where it stopped. Nothing else may use the GPU meanwhile."""
 
 SHARED_MEMORY = 227 * 1024
@@ -41,14 +45,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of the weights"
     )
-    parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks: each holds 1/N of I")
+    ranks = parser.add_mutually_exclusive_group()
+    ranks.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks: each holds 1/N of I")
+    ranks.add_argument(
+        "--expert-parallel", type=int, default=1, metavar="N",
+        help="ranks of an engine with --enable-expert-parallel, tensor- times data-parallel: each holds 1/N of the experts",
+    )  # fmt: skip
+    parser.add_argument("--plan", type=Path, help="tune for the checkpoint shrunk by this plan.json at run time")
     parser.add_argument("--tokens", type=int, nargs="+", metavar="M", help="numbers of tokens (default: 1 … 4096)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Tune every distinct shape and show what was found."""
     checkpoint = Checkpoint.open(resolve_model(args.checkpoint))
-    shapes = shapes_of(checkpoint, args.dtype, args.tp)
+    plan = Plan.load(args.plan) if args.plan else None
+    if plan and (set(plan.layers), plan.num_experts) != (set(checkpoint.moe_layers), checkpoint.num_experts):
+        raise UsageError(
+            args.plan, f"plans {len(plan.layers)} layers of {plan.num_experts} experts, {checkpoint.folder} has "
+            f"{len(checkpoint.moe_layers)} of {checkpoint.num_experts}", "give a plan made for this model",
+        )  # fmt: skip
+    shapes = shapes_of(checkpoint, args.dtype, args.tp, args.expert_parallel, plan)
     if args.tokens and min(args.tokens) < 1:
         raise UsageError("--tokens", f"{min(args.tokens)} is not positive", "give numbers of at least 1")
     device = _device()
@@ -100,10 +116,13 @@ def _check_writable(folder: Path) -> None:
         raise UsageError(folder, f"cannot be written ({error.strerror})", "name another folder with -o") from None
 
 
-def shapes_of(checkpoint: Checkpoint, dtype: str, tp: int) -> dict[Shape, int]:
+def shapes_of(
+    checkpoint: Checkpoint, dtype: str, tp: int = 1, ranks: int = 1, plan: Plan | None = None
+) -> dict[Shape, int]:
     """Return each shape among a checkpoint's MoE layers and how many have it, small |I| first.
 
-    Raises UnsupportedError, UsageError.
+    ``tp`` ranks share each expert's I, or ``ranks`` the experts: where those do not divide, two shapes come of a layer.
+    ``plan``: instead of the checkpoint's own. Raises UnsupportedError, UsageError.
     """
     from leap_kernels.tuning import Shape
 
@@ -113,20 +132,24 @@ def shapes_of(checkpoint: Checkpoint, dtype: str, tp: int) -> dict[Shape, int]:
         raise UnsupportedError(
             checkpoint.folder, "its experts are not plain SiLU·mul: vLLM's kernel serves them", "nothing is to be tuned"
         )
-    plan, layers = checkpoint.plan, checkpoint.moe_layers
+    plan, layers = plan or checkpoint.plan, checkpoint.moe_layers
     # A plan may narrow a layer's experts as well (its width).
     sizes = Counter(
         [(len(layer.retained), layer.top_k, layer.width or full) for layer in plan.layers.values()]
         if plan else [(checkpoint.num_experts, checkpoint.top_k, full)] * len(layers)
     )  # fmt: skip
-    for _, _, width in sorted(sizes):
+    for experts, _, width in sorted(sizes):
+        if not 1 <= ranks <= experts:
+            raise UsageError("--expert-parallel", f"{ranks} ranks do not share {experts} experts", "give fewer ranks")
         if tp < 1 or width % tp:
             raise UsageError("--tp", f"{tp} ranks do not share {width} intermediate channels", "give a divisor")
     hidden = int(config["hidden_size"])
-    return {
-        Shape(experts, hidden, width // tp, top_k, dtype): number
-        for (experts, top_k, width), number in sorted(sizes.items())
-    }
+    found: Counter[Shape] = Counter()
+    for (experts, top_k, width), number in sorted(sizes.items()):
+        # As vLLM gives them out: the first ranks take what the division leaves over.
+        for held in {experts // ranks, -(-experts // ranks)}:
+            found[Shape(held, hidden, width // tp, top_k, dtype, ranks)] += number
+    return dict(sorted(found.items(), key=lambda item: astuple(item[0])))
 
 
 def vllm_files(shapes: Mapping[Shape, int], folder: Path, device: str) -> dict[str, list[Shape]]:
@@ -211,7 +234,9 @@ def tune_vllm(bench: Workbench, tokens: int) -> tuple[float, dict[str, int]]:
     shape, batch = bench.shape, bench.batch(tokens)
 
     def measure(config: Mapping[str, int]) -> float:
-        layer = compat_contenders.vllm_layer(batch.x, bench.w13, bench.w2, batch.ids, batch.weights, dict(config))
+        layer = compat_contenders.vllm_layer(
+            batch.x, bench.w13, bench.w2, batch.ids, batch.weights, dict(config), batch.expert_map
+        )
         return guarded_us(lambda: layer, len(bench.w13), 5, bench.device)
 
     file_name = compat_experts.vllm_file_name(shape.experts, shape.width, shape.dtype)

@@ -30,6 +30,19 @@ def test_what_one_token_reads_in_a_round_outgrows_the_cache(experts: int, top_k:
     assert 0.8 * 2**19 < len(bench.w13) * batch.distinct() * bench.expert_bytes < 1.2 * 2**19
 
 
+@pytest.mark.parametrize(("experts", "top_k", "ranks"), [(4, 8, 2), (3, 1, 4), (5, 2, 2), (2, 9, 4)])
+def test_a_rank_gets_the_slots_of_its_own_experts(experts: int, top_k: int, ranks: int) -> None:
+    """Tokens choose among all experts; this is the rank that most of them chose, so at one token it is not idle."""
+    bench = Workbench(Shape(experts, 32, 16, top_k, "float32", ranks), torch.device("cpu"), rotated_bytes=1)
+    for tokens in (1, 6):
+        batch = bench.batch(tokens)
+        assert batch.ids.shape == (tokens, top_k) and batch.expert_map is not None
+        assert sorted(set(batch.expert_map.tolist())) == [-1, *range(experts)]
+        shared = min(top_k, experts * ranks)
+        assert tokens * shared // ranks <= len(batch.local()) <= tokens * min(top_k, experts)
+        assert 1 <= batch.distinct() <= experts and bench.flops(batch) == 6 * len(batch.local()) * 32 * 16
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: streams")
 def test_the_first_run_waits_for_its_data() -> None:

@@ -53,9 +53,29 @@ def test_every_distinct_shape_once(pruned: Path, family_checkpoint: Callable[[st
     assert shapes_of(whole, "bfloat16", 1) == {Shape(8, hidden, 32, 2, "bfloat16"): len(whole.moe_layers)}
 
 
+def test_ranks_hold_whole_experts(pruned: Path, family_checkpoint: Callable[[str], Path]) -> None:
+    """Five experts on two ranks are three and two; a plan for run time stands in for the checkpoint's own."""
+    checkpoint = Checkpoint.open(pruned)
+    hidden, layers = checkpoint.config["hidden_size"], len(checkpoint.moe_layers)
+    assert shapes_of(checkpoint, "float16", ranks=2) == {
+        Shape(1, hidden, 16, 1, "float16", 2): layers - 2, Shape(1, hidden, 32, 1, "float16", 2): 1,
+        Shape(2, hidden, 16, 1, "float16", 2): layers - 2, Shape(2, hidden, 32, 1, "float16", 2): 1,
+        Shape(2, hidden, 32, 2, "float16", 2): 1, Shape(3, hidden, 32, 2, "float16", 2): 1,
+    }  # fmt: skip
+    whole = Checkpoint.open(family_checkpoint("qwen3_moe"))
+    plan = Plan(whole.identity(), whole.num_experts, {layer: LayerPlan((0, 3), 2) for layer in whole.moe_layers})
+    assert shapes_of(whole, "float16", plan=plan) == {Shape(2, hidden, 32, 2, "float16"): layers}
+    assert (
+        Shape(2, 64, 32, 2, "float16", 2).file_name("G")
+        == "E=2,H=64,I=32,top_k=2,ranks=2,dtype=float16,device_name=G.json"
+    )
+
+
 @pytest.mark.parametrize(
     ("family", "flags", "sentence"),
     [
+        ("qwen3_moe", ["--expert-parallel", "9"], "--expert-parallel: 9 ranks do not share 8 experts"),
+        ("qwen3_moe", ["--expert-parallel", "0"], "--expert-parallel: 0 ranks do not share 8 experts"),
         ("qwen3_moe", ["--tp", "3"], "--tp: 3 ranks do not share 32 intermediate channels"),
         ("qwen3_moe", ["--tokens", "8", "0"], "--tokens: 0 is not positive"),
         ("gpt_oss", [], "its experts are not plain SiLU·mul"),
@@ -72,6 +92,16 @@ def test_refusals(
     assert cli.main(["tune-kernels", str(folder), *flags]) in (1, 2)
     said = capsys.readouterr().err
     assert sentence in said and "Traceback" not in said and not (folder / "kernels").exists()
+
+
+def test_a_plan_for_another_model_is_refused(
+    pruned: Path, family_checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = family_checkpoint("qwen3_moe")
+    assert cli.main(["tune-kernels", str(pruned), "--plan", str(pruned / "leap.json")]) == 2
+    assert "layers of 8 experts" in (said := capsys.readouterr().err) and "give a plan made for this model" in said
+    assert cli.main(["tune-kernels", str(folder), "--plan", str(pruned / "leap.json"), "--tp", "5"]) == 2
+    assert "--tp: 5 ranks do not share 16 intermediate channels" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_hold_tables(

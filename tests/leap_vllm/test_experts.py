@@ -104,6 +104,26 @@ def test_tables_beside_the_weights_decide_by_themselves(tmp_path: Path, monkeypa
     assert "VLLM_TUNED_CONFIG_FOLDER" not in os.environ, "an engine's offer does not outlive it"
 
 
+def test_ranks_that_share_the_experts_have_tables_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of what a token chose is elsewhere: what was measured for 16 experts of 16 says nothing about 16 of 32."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delenv(experts.VARIABLE, raising=False)
+    for name in (tuning.FOLDER_VARIABLE, "VLLM_TUNED_CONFIG_FOLDER"):
+        monkeypatch.delenv(name, raising=False)
+    rank = replace(LAYER, model=str(tmp_path), ranks=2)
+    alone = measured(tmp_path, 1.0)
+    try:
+        assert experts.choose(rank, Stock).why.startswith("nobody measured")
+        shape = replace(Table.load(alone).shape, ranks=2)
+        shared = replace(Table.load(alone), shape=shape).save(alone.parent)
+        experts._table.cache_clear()
+        chosen = experts.choose(rank, Stock)
+        assert (chosen.kernel, chosen.launches) == ("ours", shared)
+        assert experts.choose(replace(rank, ranks=1), Stock).launches == alone
+    finally:
+        compat_experts.offer_tuned_files(None)
+
+
 def test_a_folder_that_the_user_named_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", "/named")
     compat_experts.offer_tuned_files(tmp_path)

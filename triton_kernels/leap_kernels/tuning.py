@@ -41,6 +41,7 @@ class Shape:
         width: I of one expert, after tensor parallelism.
         top_k: experts per token.
         dtype: "bfloat16", "float16" or "float32".
+        ranks: that share the layer's experts; each token's top_k are spread over all of them.
     """
 
     experts: int
@@ -48,11 +49,13 @@ class Shape:
     width: int
     top_k: int
     dtype: str
+    ranks: int = 1
 
     def file_name(self, device: str) -> str:
         """The table's file name on a device such as "NVIDIA H200"."""
+        shared = f"ranks={self.ranks}," if self.ranks > 1 else ""
         return (
-            f"E={self.experts},H={self.hidden},I={self.width},top_k={self.top_k},dtype={self.dtype},"
+            f"E={self.experts},H={self.hidden},I={self.width},top_k={self.top_k},{shared}dtype={self.dtype},"
             f"device_name={device.replace(' ', '_')}.json"
         )
 

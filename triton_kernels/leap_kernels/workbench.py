@@ -24,15 +24,24 @@ ROTATED_BYTES = 2**29
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What a layer gets from its router: x [T, H], ids int32 and weights fp32 [T, K]."""
+    """What a layer gets from its router: x [T, H], ids int32 and weights fp32 [T, K].
+
+    ``expert_map`` [experts of all ranks] int32: global id → local id or −1, where ranks share the experts.
+    """
 
     x: torch.Tensor
     ids: torch.Tensor
     weights: torch.Tensor
+    expert_map: torch.Tensor | None = None
+
+    def local(self) -> torch.Tensor:
+        """Of each slot that this rank computes its local expert, [≤ T·K]."""
+        found = self.ids.flatten() if self.expert_map is None else self.expert_map[self.ids.flatten().long()]
+        return found[found >= 0]
 
     def distinct(self) -> int:
-        """Experts that at least one token chose."""
-        return len(self.ids.unique())
+        """Experts here that at least one token chose."""
+        return len(self.local().unique())
 
 
 class Workbench:
@@ -42,8 +51,9 @@ class Workbench:
         self.shape, self.device = shape, device
         self.dtype: torch.dtype = getattr(torch, shape.dtype)
         self.expert_bytes = 3 * shape.hidden * shape.width * self.dtype.itemsize
-        # A single token reads top_k experts of a set and no others: those are what must outgrow the cache.
-        sets = max(2, round(rotated_bytes / (self.expert_bytes * min(shape.top_k, shape.experts))))
+        # A single token reads top_k experts of a set (of all ranks) and no others: those must outgrow the cache.
+        active = math.ceil(min(shape.top_k, shape.experts * shape.ranks) / shape.ranks)
+        sets = max(2, round(rotated_bytes / (self.expert_bytes * active)))
         torch.manual_seed(0)
         self.w13 = [self._random(2 * shape.width, shape.hidden) for _ in range(sets)]
         self.w2 = [self._random(shape.hidden, shape.width) for _ in range(sets)]
@@ -53,20 +63,32 @@ class Workbench:
         return weights.normal_(std=columns**-0.5)
 
     def batch(self, tokens: int, seed: int = 0) -> Batch:
-        """Random tokens, routed uniformly: the hardest case for memory."""
+        """Random tokens, routed uniformly: the hardest case for memory.
+
+        Where ranks share the experts, this is the rank with most to do, for which the others wait.
+        """
         torch.manual_seed(seed)
+        here, ranks, top_k = self.shape.experts, self.shape.ranks, self.shape.top_k
         x = torch.randn(tokens, self.shape.hidden, device=self.device).to(self.dtype)
-        scores = torch.randn(tokens, self.shape.experts, device=self.device)
-        weights, ids = torch.softmax(scores, dim=1).topk(self.shape.top_k)
-        return Batch(x, ids.to(torch.int32), weights / weights.sum(1, keepdim=True))
+        # Ranks may hold one expert fewer than this one, never so few that top_k cannot be chosen.
+        everywhere = here if ranks == 1 else max(here * ranks, top_k)
+        scores = torch.randn(tokens, everywhere, device=self.device)
+        weights, ids = torch.softmax(scores, dim=1).topk(top_k)
+        expert_map = None
+        if ranks > 1:
+            busiest = int((ids[ids < here * ranks] // here).bincount().argmax())
+            expert_map = torch.full((everywhere,), -1, dtype=torch.int32, device=self.device)
+            expert_map[busiest * here : (busiest + 1) * here] = torch.arange(here, device=self.device)
+        return Batch(x, ids.to(torch.int32), weights / weights.sum(1, keepdim=True), expert_map)
 
     def ours(self, batch: Batch, config: KernelConfig | None = None) -> Layer:
         """Our kernel on a batch."""
 
         def run(index: int) -> object:
             return fused_moe(
-                batch.x, self.w13[index], self.w2[index], topk_ids=batch.ids, topk_weights=batch.weights, config=config
-            )
+                batch.x, self.w13[index], self.w2[index], topk_ids=batch.ids, topk_weights=batch.weights,
+                expert_map=batch.expert_map, config=config,
+            )  # fmt: skip
 
         return run
 
@@ -76,7 +98,7 @@ class Workbench:
 
     def flops(self, batch: Batch) -> int:
         """Multiplications and additions of the layer."""
-        return 6 * batch.ids.numel() * self.shape.hidden * self.shape.width
+        return 6 * batch.local().numel() * self.shape.hidden * self.shape.width
 
     def prepare(self, batch: Batch) -> Prepare:
         """Return what compiles configurations of ours for a batch on all cores at once; Triton keeps the results."""

@@ -17,7 +17,15 @@ if TYPE_CHECKING:
 _MOE = "vllm.model_executor.layers.fused_moe"
 PROBES: Mapping[str, tuple[str, ...]] = {
     f"{_MOE}.fused_moe:get_default_config": ("M", "E", "N", "K", "topk", "dtype"),
-    f"{_MOE}:fused_experts": ("hidden_states", "w1", "w2", "topk_weights", "topk_ids"),
+    f"{_MOE}:fused_experts": (
+        "hidden_states",
+        "w1",
+        "w2",
+        "topk_weights",
+        "topk_ids",
+        "global_num_experts",
+        "expert_map",
+    ),
     f"{_MOE}:override_config": ("config",),
 }
 """As compat.PROBES."""
@@ -30,9 +38,11 @@ OPENAI_PROBES: Mapping[str, tuple[str, ...]] = {
 
 def vllm_layer(
     x: torch.Tensor, w13: list[torch.Tensor], w2: list[torch.Tensor], ids: torch.Tensor, weights: torch.Tensor,
-    config: dict[str, int] | None = None,
+    config: dict[str, int] | None = None, expert_map: torch.Tensor | None = None,
 ) -> Callable[[int], object]:  # fmt: skip
     """Return vLLM's Triton layer on the i-th weights: with a configuration, or as vLLM itself chooses one.
+
+    ``expert_map``: global id → local id or −1, where ranks share the experts.
 
     Raises UnsupportedError with a vLLM whose kernel is called otherwise.
     """
@@ -40,8 +50,11 @@ def vllm_layer(
     from vllm.model_executor.layers.fused_moe import fused_experts, override_config
 
     def run(index: int) -> object:
+        experts = -1 if expert_map is None else len(expert_map)
         with override_config(config):
-            return fused_experts(x, w13[index], w2[index], weights, ids)
+            return fused_experts(
+                x, w13[index], w2[index], weights, ids, global_num_experts=experts, expert_map=expert_map
+            )
 
     return run
 

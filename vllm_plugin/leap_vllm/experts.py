@@ -39,9 +39,8 @@ def choose(layer: MoeLayer, stock: type) -> Chosen:
     wanted, beside = setting(), _beside(layer.model)
     compat_experts.offer_tuned_files(beside)
     chosen = _choose(layer, stock, wanted, beside)
-    about = (
-        f"MoE layers of {layer.experts} experts, H {layer.hidden}, I {layer.width}, top-{layer.top_k}, {layer.dtype}"
-    )
+    shared = f" a rank of {layer.ranks}" if layer.ranks > 1 else ""
+    about = f"MoE layers of {layer.experts} experts{shared}, H {layer.hidden}, I {layer.width}, top-{layer.top_k}, {layer.dtype}"
     if chosen.kernel == "ours":
         launches = f"launches from {chosen.launches}" if chosen.launches else "default launches"
         _inform(f"{about}: our kernel, {chosen.why}; {launches}")
@@ -60,17 +59,16 @@ def _choose(layer: MoeLayer, stock: type, wanted: Setting, beside: Path | None) 
         return Chosen(stock, "vllm", None, refusal)
     if wanted == "vllm":
         return Chosen(stock, "vllm", None, f"as {VARIABLE} says")
-    shape = (layer.experts, layer.hidden, layer.width, layer.top_k, layer.dtype)
-    table, path = _table(*shape, beside)
+    table, path = _table(layer.experts, layer.hidden, layer.width, layer.top_k, layer.dtype, layer.ranks, beside)
     if wanted == "ours":
-        return Chosen(_ours("ours", beside), "ours", path, f"as {VARIABLE} says")
+        return Chosen(_ours("ours", beside, layer.ranks), "ours", path, f"as {VARIABLE} says")
     if table is None:
         return Chosen(stock, "vllm", None, "nobody measured this shape here (leap tune-kernels does)")
     ahead = sum(table.faster(tokens) for tokens in table.entries)
     why = f"measured as the faster one at {ahead} of {len(table.entries)} numbers of tokens"
     if not ahead:
         return Chosen(stock, "vllm", None, "measured as the faster one throughout")
-    return Chosen(_ours("auto", beside), "ours", path, why)
+    return Chosen(_ours("auto", beside, layer.ranks), "ours", path, why)
 
 
 def _refusal(layer: MoeLayer) -> str:
@@ -90,10 +88,12 @@ def _beside(model: str) -> Path | None:
     return folder if model and folder.is_dir() else None
 
 
-def launch(wanted: str, beside: Path | None, x: Any, w13: Any, topk_ids: Any) -> KernelConfig | bool:
+def launch(
+    wanted: str, beside: Path | None, x: Any, w13: Any, topk_ids: Any, ranks: int = 1
+) -> KernelConfig | bool:  # fmt: skip
     """Say how to run one batch x [T, H]: a tuned configuration, True (the default one), or False (vLLM's kernel)."""
     shape = (len(w13), x.shape[1], w13.shape[1] // 2, topk_ids.shape[1], str(x.dtype).removeprefix("torch."))
-    table, _ = _table(*shape, beside)
+    table, _ = _table(*shape, ranks, beside)
     if table is None:
         return wanted == "ours"
     if wanted == "auto" and not table.faster(len(x)):
@@ -102,12 +102,12 @@ def launch(wanted: str, beside: Path | None, x: Any, w13: Any, topk_ids: Any) ->
 
 
 @functools.cache
-def _ours(wanted: str, beside: Path | None) -> type:
-    return compat_experts.our_experts(functools.partial(launch, wanted, beside))
+def _ours(wanted: str, beside: Path | None, ranks: int) -> type:
+    return compat_experts.our_experts(functools.partial(launch, wanted, beside, ranks=ranks))
 
 
 @functools.cache
-def _table(experts: int, hidden: int, width: int, top_k: int, dtype: str, beside: Path | None) -> Any:
+def _table(experts: int, hidden: int, width: int, top_k: int, dtype: str, ranks: int, beside: Path | None) -> Any:
     """Return (table, its file) of a shape on this process's GPU, or (None, None); a damaged one is named and not used."""
     import torch
 
@@ -116,7 +116,7 @@ def _table(experts: int, hidden: int, width: int, top_k: int, dtype: str, beside
     if not torch.cuda.is_available() and not _interpreting():
         return None, None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    path = find_file(Shape(experts, hidden, width, top_k, dtype), device_name(device), beside)
+    path = find_file(Shape(experts, hidden, width, top_k, dtype, ranks), device_name(device), beside)
     try:
         return (Table.load(path), path) if path else (None, None)
     except ValueError as error:
