@@ -10,6 +10,11 @@
 sparse files: headers, a config and leap.json, no weights, which vLLM draws at random (load format dummy). Random routers
 spread tokens evenly, so a batch touches more experts than a trained model's would: no quality follows, and speed-ups of
 trained models may differ. Nothing is compared within a process; run it twice to see the spread between processes.
+
+All requests of a batch are submitted at once, and vLLM prefills long prompts a chunk a step: requests that are through
+decode meanwhile, so that TPOT, from a request's first token to its last, holds prefill as well, equally much whatever the
+expert count. Decode alone is the ITL, the median gap between two tokens of all requests: it shows no prefill as long as
+fewer than half of the gaps do. Judge decode by the ITL's speed-up, and what a user waits for by that of TPOT.
 """
 
 from __future__ import annotations
@@ -129,7 +134,7 @@ def child(folder: str, settings: dict[str, Any]) -> dict[str, Any]:
     for given, made in settings["contexts"]:
         for batch in settings["batches"]:
             found = engine.measure(Workload("engine", given, made, batch), settings["rounds"], 1)
-            metrics = ("tpot_ms", "ttft_ms", "output_tok_s")
+            metrics = ("tpot_ms", "itl_ms", "ttft_ms", "output_tok_s")
             row = {"input_tokens": given, "output_tokens": made, "batch": batch}
             rows.append(row | {name: found.summary(name).to_json() for name in metrics})
     memory = engine.memory()
@@ -206,30 +211,22 @@ def measure_apart(folder: Path, settings: dict[str, Any], kernel: str, name: str
 
 
 def show(rows: list[dict[str, Any]], full: str) -> None:
-    """Print all rows; the speed-up is that of TPOT over ``full`` experts with vLLM's kernel."""
-    base = {key_of(row)[2:]: row["tpot_ms"]["median"] for row in rows if key_of(row)[:2] == (full, "vllm")}
-    lines = []
-    for r in rows:
-        tpot, before = r["tpot_ms"]["median"], base.get(key_of(r)[2:])
-        lines.append([
-            r["experts"], r["kernel"], r["input_tokens"], r["batch"], f"{tpot:.2f}",
-            f"{before / tpot:.2f}" if before else "–", f"{r['ttft_ms']['median']:.1f}",
-            f"{r['output_tok_s']['median']:.0f}", f"{r['weights_gib']:.2f}", f"{r['kv_gib']:.2f}", r["largest_batch"] or "–",
-        ])  # fmt: skip
-    header = [
-        "experts",
-        "kernel",
-        "input",
-        "batch",
-        "TPOT ms",
-        "speed-up",
-        "TTFT ms",
-        "tok/s",
-        "weights GiB",
-        "KV GiB",
-        "fits",
-    ]
-    table(f"real vLLM, random weights; speed-up of TPOT over {full} experts with vLLM's kernel", header, lines)
+    """Print all rows; speed-ups are those over ``full`` experts with vLLM's kernel."""
+    base = {key_of(row)[2:]: row for row in rows if key_of(row)[:2] == (full, "vllm")}
+
+    def timed(row: dict[str, Any], metric: str) -> tuple[str, str]:
+        value, before = row[metric]["median"], base.get(key_of(row)[2:])
+        return f"{value:.2f}", f"{before[metric]['median'] / value:.2f}" if before else "–"
+
+    lines = [
+        [r["experts"], r["kernel"], r["input_tokens"], r["batch"], *timed(r, "itl_ms"), *timed(r, "tpot_ms"),
+         f"{r['ttft_ms']['median']:.1f}", f"{r['output_tok_s']['median']:.0f}", f"{r['weights_gib']:.2f}",
+         f"{r['kv_gib']:.2f}", r["largest_batch"] or "–"]
+        for r in rows
+    ]  # fmt: skip
+    header = ["experts", "kernel", "input", "batch", "ITL ms", "speed-up", "TPOT ms", "speed-up", "TTFT ms", "tok/s",
+              "weights GiB", "KV GiB", "fits"]  # fmt: skip
+    table(f"real vLLM, random weights; speed-ups over {full} experts with vLLM's kernel", header, lines)
 
 
 def rows_of(out: Path, smoke: bool) -> list[dict[str, Any]]:

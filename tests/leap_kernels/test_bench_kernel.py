@@ -9,9 +9,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+
+from leap_serve.engine import RequestTiming
+from leap_serve.measure import sample
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "bench_kernel.py"
 
@@ -66,6 +70,24 @@ def test_smoke_times_stay_out_of_the_results() -> None:
     assert done.returncode == 2 and "--smoke needs --out" in done.stderr
 
 
+def engine_row(experts: str, decode_ms: float) -> dict[str, Any]:
+    """What a batch of four gives whose prompts are prefilled one a step of 100 ms; then 16 steps of decoding."""
+    steps = [100.0] * 4 + [decode_ms] * 16
+    ends = [sum(steps[: number + 1]) / 1e3 for number in range(len(steps))]
+    found = sample([RequestTiming(tuple(ends[first:])) for first in range(4)], [2048] * 4)
+    metrics = {name: {"median": getattr(found, name)} for name in ("tpot_ms", "itl_ms", "ttft_ms", "output_tok_s")}
+    return {"experts": experts, "kernel": "vllm", "input_tokens": 2048, "batch": 4, "weights_gib": 1.0, "kv_gib": 1.0,
+            "largest_batch": None, **metrics}  # fmt: skip
+
+
+def test_the_speed_up_of_decoding_is_free_of_prefill(capsys: pytest.CaptureFixture[str]) -> None:
+    """Decoding is four times as fast; the prefill of other requests, the same for both, hides most of that in TPOT."""
+    loaded(SCRIPT.with_name("bench_engine_gpu.py")).show([engine_row("128", 8.0), engine_row("16", 2.0)], "128")
+    cells = [line.split() for line in capsys.readouterr().out.splitlines() if "vllm" in line.split()]
+    assert [row[4:6] for row in cells] == [["8.00", "1.00"], ["2.00", "4.00"]]
+    assert [row[7] for row in cells] == ["1.00", "1.53"]
+
+
 @pytest.mark.slow
 def test_engine_smoke(tmp_path: Path) -> None:
     """Real vLLM on sparse checkpoints with random weights: fewer experts are fewer bytes, and uneven plans are served."""
@@ -79,4 +101,4 @@ def test_engine_smoke(tmp_path: Path) -> None:
     expert = 3 * 32 * 64 + 64  # its three matrices and its row of the router
     assert round(weights["8"] - weights["4"]) == 2 * 4 * expert
     assert round(weights["uneven"] - weights["4"]) == (2 + 5 - 2 * 4) * expert
-    assert all(row["tpot_ms"]["median"] > 0 and row["ttft_ms"]["median"] > 0 for row in rows)
+    assert all(row[name]["median"] > 0 for row in rows for name in ("tpot_ms", "itl_ms", "ttft_ms"))
