@@ -12,7 +12,7 @@ spread tokens evenly, so a batch touches more experts than a trained model's wou
 trained models may differ. Nothing is compared within a process; run it twice to see the spread between processes.
 
 All requests of a batch are submitted at once, and vLLM prefills long prompts a chunk a step: requests that are through
-decode meanwhile, so that TPOT, from a request's first token to its last, holds prefill as well, equally much whatever the
+decode meanwhile, so that TPOT, from a request's first token to its last, holds prefill as well, about as much whatever the
 expert count. Decode alone is the ITL, the median gap between two tokens of all requests: it shows no prefill as long as
 fewer than half of the gaps do. Judge decode by the ITL's speed-up, and what a user waits for by that of TPOT.
 """
@@ -40,6 +40,8 @@ from leap_serve.files import append_jsonl, new_folder, read_jsonl, write_json
 from leap_serve.plan import BaseModel, LayerPlan, Plan
 
 RESULTS = Path(__file__).parent / "results" / "engine_gpu.jsonl"
+DEFAULTS = "default"
+"""Stands for the file of a kernel that follows none."""
 SPARSE = "sparse"
 """Stands for the name of a model in plans of checkpoints without weights."""
 SIZES: dict[str, int] = dict(
@@ -59,7 +61,7 @@ GPU: dict[str, Any] = {
     "engine": {"max_num_seqs": 128, "kv_cache_gib": 32.0, "enforce_eager": False, "max_model_len": 4096},
 }  # fmt: skip
 SMOKE: dict[str, Any] = {
-    "sizes": TINY, "experts": (8, 4), "uneven": (2, 5), "batches": (1, 2), "contexts": ((8, 4),), "dtype": "float32",
+    "device": "cpu", "sizes": TINY, "experts": (8, 4), "uneven": (2, 5), "batches": (1, 2), "contexts": ((8, 4),), "dtype": "float32",
     "rounds": 1, "engine": {"max_num_seqs": 4, "kv_cache_gib": 0.02, "max_model_len": 64},
 }  # fmt: skip
 
@@ -138,9 +140,11 @@ def child(folder: str, settings: dict[str, Any]) -> dict[str, Any]:
             row = {"input_tokens": given, "output_tokens": made, "batch": batch}
             rows.append(row | {name: found.summary(name).to_json() for name in metrics})
     memory = engine.memory()
-    kernels = Counter(f"{one['kernel']}: {one['experts_class']}" for one in engine.kernels())
+    layers = engine.kernels()
+    kernels = Counter(f"{one['kernel']}: {one['experts_class']}" for one in layers)
+    launches = Counter("/".join(Path(one["launches"]).parts[-2:]) if one["launches"] else DEFAULTS for one in layers)
     engine.close()
-    return {"rows": rows, "moe_kernels": dict(kernels), "weights_gib": memory.weights_bytes / 2**30, "kv_gib": memory.kv_cache_bytes / 2**30,
+    return {"rows": rows, "moe_kernels": dict(kernels), "launches": dict(launches), "weights_gib": memory.weights_bytes / 2**30, "kv_gib": memory.kv_cache_bytes / 2**30,
             "peak_gib": memory.peak_bytes / 2**30}  # fmt: skip
 
 
@@ -164,17 +168,35 @@ def variants(settings: dict[str, Any]) -> dict[str, list[int]]:
     return {**{str(count): [count] * layers for count in settings["experts"]}, "uneven": uneven}
 
 
-Key = tuple[str, str, int, int]
-"""Experts, kernel, input tokens, batch: one row."""
+Key = tuple[Any, ...]
+"""Experts, kernel, whether tuned launches were at hand, device, dtype, input tokens, batch: one row."""
+KEY = ("experts", "kernel", "tuned", "device", "dtype", "input_tokens", "batch")
 
 
 def key_of(row: dict[str, Any]) -> Key:
-    return (row["experts"], row["kernel"], row["input_tokens"], row["batch"])
+    return tuple(row.get(name) for name in KEY)
+
+
+def about(settings: dict[str, Any], experts: str, kernel: str) -> dict[str, Any]:
+    """What is known of an engine's rows before it runs."""
+    named = (os.environ.get(name) for name in ("LEAP_KERNEL_CONFIGS", "VLLM_TUNED_CONFIG_FOLDER"))
+    tuned = any(next(Path(folder).glob("E=*.json"), None) for folder in named if folder)
+    return {
+        "experts": experts,
+        "kernel": kernel,
+        "tuned": tuned,
+        "device": settings["device"],
+        "dtype": settings["dtype"],
+    }
 
 
 def wanted(settings: dict[str, Any], experts: str, kernel: str) -> set[Key]:
     """The rows that one engine gives."""
-    return {(experts, kernel, given, batch) for given, _ in settings["contexts"] for batch in settings["batches"]}
+    engine = about(settings, experts, kernel)
+    return {
+        key_of({**engine, "input_tokens": given, "batch": batch})
+        for given, _ in settings["contexts"] for batch in settings["batches"]
+    }  # fmt: skip
 
 
 def run(
@@ -189,12 +211,11 @@ def run(
                 if wanted(settings, name, kernel) <= {key_of(row) for row in known}:
                     continue
                 found = measure_apart(folder, settings, kernel, name)
-                about = {"bench": "engine_gpu", "experts": name, "kernel": kernel, "smoke": smoke,
-                         "moe_kernels": found["moe_kernels"], "weights_gib": found["weights_gib"],
-                         "kv_gib": found["kv_gib"]}  # fmt: skip
+                shared = {key: found[key] for key in ("moe_kernels", "launches", "weights_gib", "kv_gib")}
+                engine = {"bench": "engine_gpu", "smoke": smoke, **about(settings, name, kernel), **shared}
                 for row in found["rows"]:
                     fits = largest_batch(settings, found, row["input_tokens"] + row["output_tokens"])
-                    rows.append(about | row | {"largest_batch": fits})
+                    rows.append(engine | row | {"largest_batch": fits})
                     append_jsonl(out, stamped(rows[-1]))
     show(rows, str(settings["experts"][0]))
 
@@ -211,7 +232,10 @@ def measure_apart(folder: Path, settings: dict[str, Any], kernel: str, name: str
 
 
 def show(rows: list[dict[str, Any]], full: str) -> None:
-    """Print all rows; speed-ups are those over ``full`` experts with vLLM's kernel."""
+    """Print all rows; speed-ups are those over ``full`` experts with vLLM's kernel, tuned if the row is.
+
+    Launches by the folder of their file: vLLM ships some in ``configs``, what is tuned here lies in ``kernels``.
+    """
     base = {key_of(row)[2:]: row for row in rows if key_of(row)[:2] == (full, "vllm")}
 
     def timed(row: dict[str, Any], metric: str) -> tuple[str, str]:
@@ -219,12 +243,12 @@ def show(rows: list[dict[str, Any]], full: str) -> None:
         return f"{value:.2f}", f"{before[metric]['median'] / value:.2f}" if before else "–"
 
     lines = [
-        [r["experts"], r["kernel"], r["input_tokens"], r["batch"], *timed(r, "itl_ms"), *timed(r, "tpot_ms"),
+        [r["experts"], r["kernel"], "+".join(sorted({name.split("/")[0] for name in r["launches"]})), r["input_tokens"], r["batch"], *timed(r, "itl_ms"), *timed(r, "tpot_ms"),
          f"{r['ttft_ms']['median']:.1f}", f"{r['output_tok_s']['median']:.0f}", f"{r['weights_gib']:.2f}",
          f"{r['kv_gib']:.2f}", r["largest_batch"] or "–"]
         for r in rows
     ]  # fmt: skip
-    header = ["experts", "kernel", "input", "batch", "ITL ms", "speed-up", "TPOT ms", "speed-up", "TTFT ms", "tok/s",
+    header = ["experts", "kernel", "launches", "input", "batch", "ITL ms", "speed-up", "TPOT ms", "speed-up", "TTFT ms", "tok/s",
               "weights GiB", "KV GiB", "fits"]  # fmt: skip
     table(f"real vLLM, random weights; speed-ups over {full} experts with vLLM's kernel", header, lines)
 
@@ -291,6 +315,9 @@ def main() -> int:
 
         if not torch.cuda.is_available():
             parser.error("no CUDA GPU here: run it on one, or try --smoke")
+        from leap_kernels.tuning import device_name
+
+        settings["device"] = device_name(torch.device("cuda"))
     out = args.out or RESULTS
     run(settings, names, args.kernels, out, args.smoke, rows_of(out, args.smoke) if args.resume else [])
     return 0

@@ -162,26 +162,31 @@ def sweep(args: argparse.Namespace, out: Path) -> None:
     for model in args.models or plan["models"]:
         hidden, width, top_k = plan["models"][model]
         for experts in args.experts or plan["experts"]:
-            todo = [t for t in args.tokens or plan["tokens"] if (model, experts, t, args.smoke) not in known]
+            shape = Shape(experts, hidden, width, min(top_k, experts), plan["dtype"])
+            tuned = None if args.smoke else find_table(shape, name)
+            about = {"bench": "kernel", "model": model, "experts": experts, "top_k": shape.top_k, "device": name,
+                     "dtype": shape.dtype, "smoke": args.smoke, "tuned": tuned is not None}  # fmt: skip
+            todo = [t for t in args.tokens or plan["tokens"] if key_of({**about, "tokens": t}) not in known]
             if not todo:
                 continue
-            shape = Shape(experts, hidden, width, min(top_k, experts), plan["dtype"])
             bench = Workbench(shape, device, 1 if args.smoke else ROTATED_BYTES)
-            tuned = None if args.smoke else find_table(shape, name)
             rows = []
             for tokens in todo:
                 row = measure(bench, tokens, rates, tuned, args.rounds, args.smoke)
                 rows.append(row)
-                about = {"bench": "kernel", "model": model, "experts": experts, "top_k": shape.top_k, "device": name}
-                append_jsonl(out, stamped({**about, "dtype": shape.dtype, "smoke": args.smoke, **rates, **row}))
+                append_jsonl(out, stamped({**about, **rates, **row}))
             show(f"{model}, {experts} experts, top-{shape.top_k}, µs a layer", rows)
             del bench
 
 
 def known_rows(out: Path) -> set[tuple[Any, ...]]:
-    """(model, experts, tokens, smoke) of the rows that a file holds."""
-    rows = [row for row in read_jsonl(out) if row.get("bench") == "kernel"]
-    return {tuple(row[key] for key in ("model", "experts", "tokens", "smoke")) for row in rows}
+    """The keys of the rows that a file holds."""
+    return {key_of(row) for row in read_jsonl(out) if row.get("bench") == "kernel"}
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells one row from another; a row of before the tuning is another one than after it."""
+    return tuple(row.get(key) for key in ("model", "experts", "tokens", "smoke", "device", "dtype", "tuned"))
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:

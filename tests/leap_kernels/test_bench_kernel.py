@@ -42,6 +42,14 @@ def test_smoke(tmp_path: Path) -> None:
         assert "neither installed nor carried by this vLLM" in row["absent"]["OpenAI triton_kernels"]
         assert row["distinct_experts"] <= min(row["experts"], 2 * row["tokens"])
     assert "3 experts, top-2" in done.stdout
+    # Measured again: what another device, or another dtype, or the time before the tuning left.
+    for row, change in zip(rows, ({"device": "B"}, {"dtype": "float16"}, {"tuned": True}, {}), strict=True):
+        row |= change
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    again = [json.loads(line) for line in out.read_text().splitlines()[4:]]
+    assert [(row["experts"], row["tokens"]) for row in again] == [(4, 1), (4, 5), (3, 1)]
 
 
 def runs_once() -> Callable[[], Callable[[int], torch.Tensor]]:
@@ -77,15 +85,36 @@ def engine_row(experts: str, decode_ms: float) -> dict[str, Any]:
     found = sample([RequestTiming(tuple(ends[first:])) for first in range(4)], [2048] * 4)
     metrics = {name: {"median": getattr(found, name)} for name in ("tpot_ms", "itl_ms", "ttft_ms", "output_tok_s")}
     return {"experts": experts, "kernel": "vllm", "input_tokens": 2048, "batch": 4, "weights_gib": 1.0, "kv_gib": 1.0,
-            "largest_batch": None, **metrics}  # fmt: skip
+            "largest_batch": None, "launches": {"kernels/E=16,N=32.json": 40, "default": 8}, **metrics}  # fmt: skip
 
 
 def test_the_speed_up_of_decoding_is_free_of_prefill(capsys: pytest.CaptureFixture[str]) -> None:
     """Decoding is four times as fast; the prefill of other requests, the same for both, hides most of that in TPOT."""
     loaded(SCRIPT.with_name("bench_engine_gpu.py")).show([engine_row("128", 8.0), engine_row("16", 2.0)], "128")
     cells = [line.split() for line in capsys.readouterr().out.splitlines() if "vllm" in line.split()]
-    assert [row[4:6] for row in cells] == [["8.00", "1.00"], ["2.00", "4.00"]]
-    assert [row[7] for row in cells] == ["1.00", "1.53"]
+    assert [row[2] for row in cells] == ["default+kernels"] * 2
+    assert [row[5:7] for row in cells] == [["8.00", "1.00"], ["2.00", "4.00"]]
+    assert [row[8] for row in cells] == ["1.00", "1.53"]
+
+
+def test_rows_from_elsewhere_do_not_pass_for_those_that_are_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another device, another dtype, or launches that were not tuned yet: --resume measures again."""
+    bench = loaded(SCRIPT.with_name("bench_engine_gpu.py"))
+    for name in ("LEAP_KERNEL_CONFIGS", "VLLM_TUNED_CONFIG_FOLDER"):
+        monkeypatch.delenv(name, raising=False)
+    here = {**bench.GPU, "device": "A GPU", "batches": (1,), "contexts": ((8, 4),)}
+    (key,) = bench.wanted(here, "16", "vllm")
+    row = {**bench.about(here, "16", "vllm"), "input_tokens": 8, "batch": 1}
+    assert bench.key_of(json.loads(json.dumps(row))) == key
+    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
+    assert bench.wanted(here, "16", "vllm") == {key}, "an empty folder tunes nothing"
+    (tmp_path / "E=16,N=768,device_name=A_GPU.json").touch()
+    others = [bench.wanted(one, "16", "vllm") for one in (here, {**here, "device": "B"}, {**here, "dtype": "float32"})]
+    monkeypatch.delenv("VLLM_TUNED_CONFIG_FOLDER")
+    others += [bench.wanted({**here, **change}, "16", "vllm") for change in ({"device": "B"}, {"dtype": "float32"})]
+    assert key not in set().union(*others) and len(set().union(*others)) == 5
 
 
 @pytest.mark.slow
@@ -97,6 +126,8 @@ def test_engine_smoke(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["experts"], row["batch"]) for row in rows] == [(e, b) for e in ("8", "4", "uneven") for b in (1, 2)]
+    assert all((row["device"], row["dtype"], row["tuned"]) == ("cpu", "float32", False) for row in rows)
+    assert all(row["launches"] == {"default": 2} for row in rows)
     weights = {row["experts"]: row["weights_gib"] * 2**30 / 4 for row in rows}
     expert = 3 * 32 * 64 + 64  # its three matrices and its row of the router
     assert round(weights["8"] - weights["4"]) == 2 * 4 * expert
