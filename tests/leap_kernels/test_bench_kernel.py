@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -50,6 +51,32 @@ def test_smoke(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     again = [json.loads(line) for line in out.read_text().splitlines()[4:]]
     assert [(row["experts"], row["tokens"]) for row in again] == [(4, 1), (4, 5), (3, 1)]
+
+
+@pytest.mark.e2e
+def test_vllms_default_is_measured_without_the_files_that_were_tuned(tmp_path: Path) -> None:
+    """Left to choose, vLLM reads a tuned file first: «vLLM default» would be «vLLM tuned» under another name.
+
+    The bench runs where a caller has set the variable; asked afterwards in the same process, vLLM knows no tuned launch.
+    """
+    ask = (
+        "import runpy, sys\n"
+        "from leap_vllm.compat_experts import vllm_file_name\n"
+        "from vllm.model_executor.layers.fused_moe.fused_moe import get_moe_configs\n"
+        "folder, sys.argv = sys.argv[1], sys.argv[2:]\n"
+        "open(folder + '/' + vllm_file_name(3, 33, 'bfloat16'), 'w').write('{\"1\": {}}')\n"
+        "print('before', get_moe_configs(3, 33, None))\n"
+        "get_moe_configs.cache_clear()\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as ended:\n    assert not ended.code\n"
+        "print('after', get_moe_configs(3, 33, None))\n"
+    )
+    bench = [str(SCRIPT), "--smoke", "--experts", "3", "--tokens", "1", "--out", str(tmp_path / "rows.jsonl")]
+    env = {**os.environ, "VLLM_TUNED_CONFIG_FOLDER": str(tmp_path), "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", ask, str(tmp_path), *bench]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "before {1: {}}" in done.stdout and "after None" in done.stdout
 
 
 def runs_once() -> Callable[[], Callable[[int], torch.Tensor]]:
