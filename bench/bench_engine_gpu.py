@@ -4,6 +4,7 @@
     python bench/bench_engine_gpu.py --kernels vllm ours  # the same with our MoE kernel as well
     python bench/bench_engine_gpu.py --resume             # only what the file of rows lacks
     python bench/bench_engine_gpu.py --sparse DIR         # writes one checkpoint with every |I|, for leap tune-kernels
+    python bench/bench_engine_gpu.py --sparse DIR --model Llama-4-Maverick        # the same with another model's layers
     python bench/bench_engine_gpu.py --smoke --out FILE   # tiny sizes on a CPU; its times say nothing about a GPU
 
 128, 64, 32, 16 and 8 experts a layer and one plan whose layers differ, each in a process of its own. The checkpoints are
@@ -39,6 +40,9 @@ from leap_serve.cli.console import table
 from leap_serve.files import append_jsonl, new_folder, read_jsonl, write_json
 from leap_serve.plan import BaseModel, LayerPlan, Plan
 
+sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
+from bench_kernel import EXPERTS, MODELS
+
 RESULTS = Path(__file__).parent / "results" / "engine_gpu.jsonl"
 DEFAULTS = "default"
 """Stands for the file of a kernel that follows none."""
@@ -56,7 +60,7 @@ TINY: dict[str, int] = dict(
     max_position_embeddings=256,
 )  # fmt: skip
 GPU: dict[str, Any] = {
-    "sizes": SIZES, "experts": (128, 64, 32, 16, 8), "uneven": (4, 8, 16, 40), "batches": (1, 8, 16, 32, 64, 128),
+    "sizes": SIZES, "experts": EXPERTS, "uneven": (4, 8, 16, 40), "batches": (1, 8, 16, 32, 64, 128),
     "contexts": ((128, 128), (2048, 128)), "dtype": "bfloat16", "rounds": 5,
     "engine": {"max_num_seqs": 128, "kv_cache_gib": 32.0, "enforce_eager": False, "max_model_len": 4096},
 }  # fmt: skip
@@ -273,6 +277,13 @@ def write_tunable(folder: Path, settings: dict[str, Any]) -> None:
         write_sparse(work, settings, each)
 
 
+def layers_of(model: str) -> dict[str, Any]:
+    """Settings whose MoE layers are a model's; all else stays as it is, since kernels see no more of a checkpoint."""
+    hidden, width, top_k = MODELS[model]
+    layers = {"hidden_size": hidden, "moe_intermediate_size": width, "num_experts_per_tok": top_k}
+    return {**GPU, "sizes": {**SIZES, **layers, "num_hidden_layers": len(EXPERTS)}}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU")
@@ -288,6 +299,7 @@ def main() -> int:
     parser.add_argument(
         "--sparse", type=Path, help="write a checkpoint with every expert count here, and measure nothing"
     )
+    parser.add_argument("--model", choices=MODELS, help="with --sparse: whose MoE layers (default: Qwen3-30B-A3B's)")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -296,7 +308,7 @@ def main() -> int:
         return 0
     settings = {**(SMOKE if args.smoke else GPU)}
     if args.sparse:
-        write_tunable(args.sparse, settings)
+        write_tunable(args.sparse, layers_of(args.model) if args.model else settings)
         return 0
     names = args.experts or list(variants(settings))
     if unknown := sorted(set(names) - set(variants(settings))):

@@ -5,10 +5,11 @@
     python bench/run_gpu.py --smoke --out DIR     # a rehearsal on a CPU: every command, tiny sizes
 
 Rows, tuned launches (kernels/) and logs (gpu_logs/) go to --out (default: $RESULTS, or else bench/results), which must
-be kept between calls: gpu_logs/stages.json says which stages are done. They come in the order of their worth; the first
-25 minutes should hold all but the last five (reckoned for an H200, not measured). A stage that time cut off goes on
-where it stopped, since rows and tables are written as they come. One that failed is reported, its log named, and not
-run again without --retry; the others still run.
+be kept between calls: gpu_logs/stages.json says which stages are done. They come in the order of their worth. Reckoned
+for an H200, not measured: 12 s for each |I| and number of tokens that is tuned, 90 to 150 s an engine; all engines with
+vLLM's own kernel within the first 30 minutes, everything within 50. A stage that time cut off goes on where it stopped,
+since rows and tables are written as they come. One that failed is reported, its log named, and not run again without
+--retry; the others still run.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ HERE = Path(__file__).resolve().parent
 CORRECT = tuple(f"tests/leap_kernels/test_{name}.py" for name in ("fused_moe", "vllm_oracle", "timing"))
 LOGS = "gpu_logs"
 SMALL_GRID = ("1", "16", "64", "512", "4096")
+TUNED_GRID = ("1", "8", "32", "64", "256", "1024", "4096")
 SHORT, LONG = ("128",), ("128", "2048")
 """Input tokens: prompts of 2048 cost an engine another minute."""
 
@@ -57,8 +59,13 @@ def stages(out: Path) -> list[Stage]:
     kernel = (python, str(HERE / "bench_kernel.py"), "--resume", "--out", str(out / "kernel.jsonl"))
     engine = (python, str(HERE / "bench_engine_gpu.py"), "--resume", "--out", str(out / "engine_gpu.jsonl"))
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *CORRECT)
-    # Tens of GB long, though it takes no room: not among what is copied or committed.
+    # Tens of GB long, though they take no room: not among what is copied or committed.
     sparse = Path(tempfile.gettempdir()) / f"leap-sparse-{os.getuid()}"
+
+    def tuning(name: str, checkpoint: Path, tokens: Sequence[str]) -> Stage:
+        command = (python, "-m", "leap_serve.cli", "tune-kernels", str(checkpoint), "-o", str(tables))
+        return Stage(name, (*command, "--tokens", *tokens), 60)
+
     found = [
         Stage("kernels run", (*pytest, "-k", "equals_the_reference or sorts_stably")),
         Stage("engine runs", (*engine, "--experts", "16", "--batches", "1", "16", "--contexts", "128",
@@ -66,8 +73,7 @@ def stages(out: Path) -> list[Stage]:
         Stage("kernels are right", pytest, 90),
         Stage("a checkpoint of every |I|", (python, str(HERE / "bench_engine_gpu.py"), "--sparse", str(sparse)),
               30, makes=sparse / "config.json"),
-        Stage("tune", (python, "-m", "leap_serve.cli", "tune-kernels", str(sparse), "-o", str(tables),
-                       "--tokens", "1", "8", "32", "64", "256", "1024", "4096"), 60),
+        tuning("tune Qwen3-30B-A3B", sparse, TUNED_GRID),
         Stage("kernel Qwen3-30B-A3B", (*kernel, "--models", "Qwen3-30B-A3B"), 60, ours),
     ]  # fmt: skip
     for experts, by, contexts in (
@@ -80,7 +86,13 @@ def stages(out: Path) -> list[Stage]:
             Stage(f"engine {experts} {by}", (*engine, "--experts", experts, "--kernels", by, *sizes), 100, tuned)
         )
     for model in ("Qwen3-235B-A22B", "Llama-4-Maverick"):
-        found.append(Stage(f"kernel {model}", (*kernel, "--models", model, "--tokens", *SMALL_GRID), 60))
+        layers = sparse.with_name(f"{sparse.name}-{model}")
+        write = (python, str(HERE / "bench_engine_gpu.py"), "--sparse", str(layers), "--model", model)
+        found += [
+            Stage(f"a checkpoint of {model}'s layers", write, 30, makes=layers / "config.json"),
+            tuning(f"tune {model}", layers, SMALL_GRID),
+            Stage(f"kernel {model}", (*kernel, "--models", model, "--tokens", *SMALL_GRID), 60, ours),
+        ]
     return found
 
 
@@ -93,6 +105,8 @@ def rehearsal(out: Path) -> list[Stage]:
     return [
         Stage("kernels are right", (python, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", *CORRECT), 0, cpu),
         Stage("a checkpoint of every |I|", (*engine, "--sparse", str(sparse)), 0, cpu),
+        Stage("a checkpoint of a model's layers", (python, str(HERE / "bench_engine_gpu.py"), "--model", "Llama-4-Maverick",
+                                                   "--sparse", str(out / "layers")), 0, cpu),
         Stage("tune", (python, "-m", "leap_serve.cli", "tune-kernels", str(sparse), "-o", str(out / "kernels"),
                        "--tokens", "1", "--dtype", "float32"), 0, interpreted),
         Stage("kernel", (python, str(HERE / "bench_kernel.py"), "--smoke", "--resume",

@@ -9,8 +9,13 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+
+from leap_kernels.tuning import Shape
+from leap_serve.checkpoint import Checkpoint
+from leap_serve.cli.tune_kernels import shapes_of
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "run_gpu.py"
 
@@ -92,21 +97,40 @@ def test_every_engine_and_model_of_the_benches_is_planned(gpu: ModuleType, tmp_p
     }  # fmt: skip
 
 
-def test_no_number_of_tokens_is_far_from_a_tuned_one(gpu: ModuleType, tmp_path: Path) -> None:
-    """vLLM, and our tables, take the launch of the nearest number: with 64 and 4096 alone, 2048 tokens would get 64's."""
-    (tune,) = [stage.command for stage in gpu.stages(tmp_path) if stage.name == "tune"]
-    tuned = [int(word) for word in tune[tune.index("--tokens") + 1 :]]
-    for tokens in (2**power for power in range(13)):
+def flag(stage: Any, name: str) -> list[str]:
+    """What follows a flag in a stage's command, up to the next one."""
+    words = list(stage.command)
+    found = words[words.index(name) + 1 :] if name in words else []
+    return found[: next((place for place, word in enumerate(found) if word.startswith("--")), len(found))]
+
+
+@pytest.mark.parametrize("model", ["Qwen3-30B-A3B", "Qwen3-235B-A22B", "Llama-4-Maverick"])
+def test_no_number_of_tokens_is_far_from_a_tuned_one(model: str, gpu: ModuleType, tmp_path: Path) -> None:
+    """vLLM, and our tables, take the launch of the nearest number: with 64 and 4096 alone, 2048 tokens would get 64's.
+
+    Each model is tuned before its kernels are measured, into the folder that the bench reads.
+    """
+    plan = gpu.stages(tmp_path)
+    tune, kernel = (next(stage for stage in plan if stage.name == f"{what} {model}") for what in ("tune", "kernel"))
+    assert plan.index(tune) < plan.index(kernel) and flag(kernel, "--models") == [model]
+    (folder,) = flag(tune, "-o")
+    assert kernel.env["LEAP_KERNEL_CONFIGS"] == folder
+    tuned = [int(word) for word in flag(tune, "--tokens")]
+    for tokens in [int(word) for word in flag(kernel, "--tokens")] or [2**power for power in range(13)]:
         nearest = min(tuned, key=lambda one: abs(one - tokens))
         assert max(nearest, tokens) <= 4 * min(nearest, tokens), f"{tokens} tokens run as {nearest} do"
 
 
-def test_vllms_default_is_measured_without_the_files_that_were_tuned(gpu: ModuleType, tmp_path: Path) -> None:
-    """Left to choose, vLLM reads a tuned file first: «vLLM default» would be «vLLM tuned» under another name."""
-    kernels = [stage for stage in gpu.stages(tmp_path) if stage.name.startswith("kernel ")]
-    assert kernels and all("VLLM_TUNED_CONFIG_FOLDER" not in stage.env for stage in kernels)
-    said = SCRIPT.with_name("bench_kernel.py").read_text(encoding="utf-8")
-    assert 'os.environ.pop("VLLM_TUNED_CONFIG_FOLDER", None)' in said, "nor may a caller's own setting reach it"
+def test_what_is_tuned_is_what_the_kernel_bench_measures(gpu: ModuleType, tmp_path: Path) -> None:
+    """The command writes a checkpoint whose layers have just the model's shapes, at every |I| of the bench."""
+    sparse = tmp_path / "layers"
+    write = next(stage.command for stage in gpu.stages(tmp_path) if flag(stage, "--model") == ["Llama-4-Maverick"])
+    words = [str(sparse) if word == write[write.index("--sparse") + 1] else word for word in write]
+    for _ in range(2):  # one that is there already stays
+        subprocess.run(words, check=True, timeout=120)
+    found = shapes_of(Checkpoint.open(sparse), "bfloat16")
+    assert set(found) == {Shape(experts, 5120, 8192, 1, "bfloat16") for experts in (128, 64, 32, 16, 8)}
+    assert sum(path.stat().st_blocks for path in sparse.iterdir()) * 512 < 2**24, "no room is taken"
 
 
 def test_without_a_gpu_it_says_so() -> None:
@@ -121,7 +145,7 @@ def test_rehearsal(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=850)
     assert done.returncode == 0, done.stdout[-6000:]
     state = json.loads((tmp_path / "gpu_logs" / "stages.json").read_text())
-    assert all(stage["done"] for stage in state.values()) and len(state) == 5
+    assert all(stage["done"] for stage in state.values()) and len(state) == 6
     assert len(list((tmp_path / "kernels").glob("E=*,device_name=cpu,_interpreted.json"))) == 2
     rows = [json.loads(line) for name in ("kernel", "engine_gpu") for line in (tmp_path / f"{name}.jsonl").open()]
     assert {row["bench"] for row in rows} == {"kernel", "engine_gpu"} and all(row["smoke"] for row in rows)
