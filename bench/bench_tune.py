@@ -40,7 +40,8 @@ from leap_serve.statistics import bootstrap
 from leap_serve.tasks.registry import load_task
 from leap_training.active_learning import BY_ANSWER, Acquisition
 from leap_training.splits import validation_part
-from leap_training.tune import TuneConfig, TuneData, Tuner
+from leap_training.tune import Tuner
+from leap_training.tune_config import TuneConfig, TuneData
 from leap_training.tune_result import keep_router, report_of, write_plain, write_tuned
 
 RESULTS = Path(__file__).parent / "results" / "tune.jsonl"

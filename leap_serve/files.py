@@ -47,9 +47,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Replace a file atomically; LeapError where none can be made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise LeapError(path, f"cannot be written ({error.strerror})", "choose another place") from None
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
@@ -74,6 +77,15 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
+def check_place(flag: str, folder: Path) -> None:
+    """Raise UsageError, before any work, where a folder can neither be used nor made."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(flag, f"{folder} is a file", "give a folder")
+    above = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UsageError(flag, f"is below {above}, where no file can be made", "choose another")
+
+
 @contextlib.contextmanager
 def new_folder(out: Path, force: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of ``out`` that takes its name when the block ends without an error.
@@ -83,7 +95,10 @@ def new_folder(out: Path, force: bool = False) -> Iterator[Path]:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
         raise UsageError(out, "exists and is not empty", "choose another --out, or pass --force to replace it")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LeapError(out, f"cannot be written ({error.strerror})", "choose another --out") from None
     for left in out.parent.glob(f".{out.name}.partial-*"):
         if not _alive(left):
             shutil.rmtree(left, ignore_errors=True)

@@ -14,7 +14,7 @@ from leap_serve.files import write_json
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.provenance import made_by
 from leap_training.saliency import Routing, allocate, scores
-from leap_training.tune import TuneConfig
+from leap_training.tune_config import TuneConfig
 from profiles import simulate
 
 ROOT = Path(__file__).parents[1]

@@ -152,7 +152,8 @@ def _tune(work: Path, steps: int, limit: int) -> Seen:
     from leap_serve.engines.vllm_engine import VllmEngine
     from leap_training.active_learning import Acquisition
     from leap_training.splits import validation_part
-    from leap_training.tune import TuneConfig, TuneData, Tuner
+    from leap_training.tune import Tuner
+    from leap_training.tune_config import TuneConfig, TuneData
     from leap_training.tune_result import write_tuned
 
     # Items are chosen by the paper's eq. 15-17, which decode nothing: here every minute counts.

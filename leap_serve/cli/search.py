@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli import channelwise, layerwise, taskwise
 from leap_serve.cli.console import say, table
 from leap_serve.errors import UsageError
-from leap_serve.files import new_folder, write_json
+from leap_serve.files import check_place, new_folder, write_json
 from leap_serve.plan import Plan
 from leap_serve.profile import Profile
 from leap_serve.provenance import made_by
@@ -243,12 +242,9 @@ def _check_own(args: argparse.Namespace) -> None:
 
 def _check_out(args: argparse.Namespace, budgets: int) -> None:
     """Refuse, before any work, places that cannot be written."""
-    for flag, path in (("--out", args.out), ("--state", args.state and args.state / "x"), ("--tuned", args.tuned)):
-        above = path and next(one for one in path.absolute().parents if one.exists())
-        if above and not (above.is_dir() and os.access(above, os.W_OK)):
-            raise UsageError(flag, f"is below {above}, where no file can be made", "choose another")
-    if args.tuned is not None and args.tuned.is_file():
-        raise UsageError("--tuned", f"{args.tuned} is a file", "give a folder")
+    for flag, folder in (("--out", args.out.absolute().parent), ("--state", args.state), ("--tuned", args.tuned)):
+        if folder is not None:
+            check_place(flag, folder)
     if budgets == 1 and args.out.is_dir():
         raise UsageError(args.out, "is a folder", "give the name of a file, e.g. plan.json")
     if args.out.exists() and not args.force and (budgets == 1 or args.out.is_file() or any(args.out.iterdir())):

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli.console import noted_bar, say, table
+from leap_serve.cut.write import check_destination
 from leap_serve.errors import UnsupportedError, UsageError
-from leap_serve.files import new_folder
+from leap_serve.files import check_place, new_folder
+from leap_serve.tasks.base import fingerprint
 from leap_serve.tasks.registry import PUBLISHED, TASKS, items_from_file, load_task
 from leap_serve.tasks.user import UserTask
 
 if TYPE_CHECKING:
-    from leap_training.tune import Report, TuneConfig, TuneData, Tuner
+    from leap_training.tune import Report, Tuner
+    from leap_training.tune_config import TuneConfig, TuneData
 
 CODE = ("humaneval", "mbpp")
 BASELINES: dict[str, Literal["none", "logits", "experts"]] = {
@@ -107,10 +111,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if tuner.config.experts == "full":
             write_plain(tuner, source, out, report, args.force)
         else:
-            if args.out:
-                with new_folder(out, args.force) as work:
+            with new_folder(out, args.force) if args.out else nullcontext(source) as work:
+                if args.out:
                     shutil.copytree(source, work, dirs_exist_ok=True)
-            write_tuned(tuner, out, report)
+                write_tuned(tuner, work, report)
         shutil.rmtree(state, ignore_errors=True)
         _show(args, report)
     return {
@@ -173,8 +177,23 @@ def _source(args: argparse.Namespace) -> Path:
             "--baseline vanilla", f"starts from experts chosen by frequency, these were chosen by {method}",
             "cut a plan of leap search --method frequency, or choose --baseline full",
         )  # fmt: skip
-    if args.out and args.out.exists() and any(args.out.iterdir()) and not args.force:
-        raise UsageError(args.out, "exists and is not empty", "choose another --out, or pass --force to replace it")
+    if args.pool < 1 or args.held_out < 1:
+        raise UsageError("--pool, --held-out", f"are {args.pool} and {args.held_out}", "give 1 or more")
+    if (
+        args.teacher
+        and args.baseline
+        and (found := Checkpoint.open(resolve_model(args.teacher)).identity()).sha256 != (checkpoint.plan.base.sha256)
+    ):
+        raise UsageError(
+            "--teacher", f"{found.id} is not {checkpoint.plan.base.id}, the model that was cut", "name that model"
+        )
+    if args.state is not None:
+        check_place("--state", args.state)
+    if args.out is not None:
+        check_place("--out", args.out)
+        check_destination(folder, args.out)
+        if args.out.exists() and any(args.out.iterdir()) and not args.force:
+            raise UsageError(args.out, "exists and is not empty", "choose another --out, or pass --force to replace it")
     return folder
 
 
@@ -193,7 +212,7 @@ def _config(args: argparse.Namespace, source: Path) -> TuneConfig:
 
     from leap_training.active_learning import Acquisition
     from leap_training.routing_agent import Exploration, RouterConfig
-    from leap_training.tune import TuneConfig
+    from leap_training.tune_config import TuneConfig
 
     rival = args.baseline is not None
     chosen = args.active_learning if args.active_learning is not None else args.task not in CODE
@@ -241,7 +260,7 @@ def _price(args: argparse.Namespace, source: Path) -> dict[str, Any]:
 
 def _data(args: argparse.Namespace) -> TuneData:
     from leap_training.splits import validation_part
-    from leap_training.tune import TuneData
+    from leap_training.tune_config import TuneData
 
     if bool(args.task) == (args.data is not None) and args.task not in PUBLISHED:
         raise UsageError("--task, --data", "exactly one is needed", "give one of them")
@@ -251,7 +270,14 @@ def _data(args: argparse.Namespace) -> TuneData:
     stopping, router = (validation_part(task, name, args.held_out, args.seed) for name in ("stopping", "router"))
     untested = isinstance(task, UserTask) and "test" not in task.source.splits
     tests = [] if untested else task.items("test", None, args.seed)
-    return TuneData(task.items("train", args.pool, args.seed), tests, stopping, router)
+    held_out = {fingerprint(item) for item in (*stopping, *router)}
+    items = task.items("train", args.pool, args.seed)
+    pool = [item for item in items if fingerprint(item) not in held_out]
+    if len(pool) < len(items):
+        say(f"{len(items) - len(pool)} of {len(items)} train items are validation items, too: left out")
+    if not pool:
+        raise UsageError(args.task, "has no train item that is not one of validation", "correct its splits")
+    return TuneData(pool, tests, stopping, router)
 
 
 def _shorter(data: TuneData, folder: Path, longest: int) -> TuneData:
@@ -278,8 +304,7 @@ def _shorter(data: TuneData, folder: Path, longest: int) -> TuneData:
 
 def _from_file(args: argparse.Namespace) -> TuneData:
     """5 % of the user's items are held out; which ones follows from their text."""
-    from leap_serve.tasks.base import fingerprint
-    from leap_training.tune import TuneData
+    from leap_training.tune_config import TuneData
 
     items = list({fingerprint(item): item for item in items_from_file(args.data)}.values())
     held = sorted(items, key=fingerprint)[: max(2, len(items) // 20)]

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
+from leap_serve.errors import UsageError
+
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -83,7 +85,9 @@ def split_of(text: str) -> Split:
 
 
 def take(stream: Iterator[Item], split: Split, limit: int) -> list[Item]:
-    """Collect ``limit`` distinct items of ``split`` from an endless generator."""
+    """Collect ``limit`` distinct items of ``split`` from an endless generator; UsageError below 1."""
+    if limit < 1:
+        raise UsageError("items", f"{limit} of {split} are asked for", "ask for 1 or more")
     seen: set[str] = set()
     out: list[Item] = []
     for item in stream:

@@ -92,4 +92,4 @@ class ToyCode(Functions):
 
     def items(self, split: Split, limit: int | None = None, seed: int = 0) -> list[Item]:
         """Return ``limit`` (default 500) distinct functions of a split."""
-        return take(generate(random.Random(f"{self.name}/{split}/{seed}")), split, limit or 500)
+        return take(generate(random.Random(f"{self.name}/{split}/{seed}")), split, 500 if limit is None else limit)

@@ -100,7 +100,7 @@ class ToyGsm:
 
     def items(self, split: Split, limit: int | None = None, seed: int = 0) -> list[Item]:
         """Return ``limit`` (default 500) distinct problems of a split."""
-        return take(generate(random.Random(f"{self.name}/{split}/{seed}")), split, limit or 500)
+        return take(generate(random.Random(f"{self.name}/{split}/{seed}")), split, 500 if limit is None else limit)
 
     def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[float]:
         """GSM8K's exact match."""

@@ -104,4 +104,4 @@ class ToyXsum(Summaries):
 
     def items(self, split: Split, limit: int | None = None, seed: int = 0) -> list[Item]:
         """Return ``limit`` (default 500) distinct texts of a split."""
-        return take(generate(random.Random(f"{self.name}/{split}/{seed}")), split, limit or 500)
+        return take(generate(random.Random(f"{self.name}/{split}/{seed}")), split, 500 if limit is None else limit)

@@ -17,7 +17,7 @@ from leap_serve.errors import UsageError
 from leap_serve.tasks.base import Item
 from leap_serve.workload import Workload
 from leap_training.latency import LatencyModel
-from leap_training.tune import TuneData
+from leap_training.tune_config import TuneData
 from tiny_tokenizer import talking_copy
 
 
@@ -69,3 +69,87 @@ def test_items_that_are_too_long_are_left_out_and_counted(small_cut: Path, capsy
     assert "1 of 3 pool items have more than 7 tokens: left out" in capsys.readouterr().out
     with pytest.raises(UsageError, match="the shortest of the 3 pool items has 6 tokens"):
         tune._shorter(data, small_cut, 5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--learning-rate", "-1"], "learning_rate is -1, not above 0"),
+        (["--learning-rate", "nan"], "learning_rate is nan, not above 0"),
+        (["--router-learning-rate", "0"], "router learning_rate is 0, not above 0"),
+        (["--noise", "0"], "noise is 0, not above 0"),
+        (["--epsilon", "1.5"], "epsilon is 1.5, not in (0, 1]"),
+        (["--epsilon", "0"], "epsilon is 0, not in (0, 1]"),
+        (["--lr-warmup", "-5", "--router-warmup", "-1"], "lr_warmup is -5, not 0 or more; router_warmup is -1"),
+        (["--kl-coef", "-1"], "kl_coef is -1, not 0 or more"),
+        (["--ent-coef", "nan"], "ent_coef is nan, not 0 or more"),
+        (["--adapter-l2", "inf"], "adapter_l2 is inf, not 0 or more"),
+        (["--patience", "-2", "--seed", "-1"], "patience is -2, not 0 or more; seed is -1"),
+        (["--steps", "0"], "steps is 0, less than 1"),
+    ],
+)
+def test_numbers_out_of_range_are_all_named(small_cut: Path, flags: list[str], said: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        tune._config(parsed(small_cut, *flags), small_cut).check()
+    assert said in str(refused.value)
+
+
+def test_what_cannot_be_tuned_is_refused_before_anything_is_loaded(small_cut: Path, tmp_path: Path) -> None:
+    def refused(*flags: str) -> str:
+        with pytest.raises(UsageError) as error:
+            tune._source(parsed(small_cut, *flags))
+        return str(error.value)
+
+    teacher = ["--baseline", "kd", "-o", str(tmp_path / "kd"), "--teacher"]
+    assert "is not whole" in refused(*teacher, str(small_cut))
+    assert tune._source(parsed(small_cut, *teacher, str(small_cut.parent / "whole"))) == small_cut
+    assert "is a file" in refused("-o", __file__) and "is a file" in refused("--state", __file__)
+    assert "where no file can be made" in refused("-o", f"{__file__}/x")
+    assert "lies in the source" in refused("-o", str(small_cut / "sub"))
+    for flag in ("--pool", "--held-out"):
+        for number in ("0", "-3"):
+            assert "give 1 or more" in refused(flag, number)
+    assert not (tmp_path / "kd").exists()
+
+
+def test_items_of_the_validation_split_are_left_out_of_the_pool(
+    small_cut: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lines(numbers: range) -> str:
+        return "".join(f'{{"q": "{n}", "a": "{n}"}}\n' for n in numbers)
+
+    (tmp_path / "train.jsonl").write_text(lines(range(10)))
+    (tmp_path / "validation.jsonl").write_text(lines(range(7, 20)))
+    task = tmp_path / "task.yaml"
+    task.write_text(
+        "prompt: '{q}'\nanswer: a\nmetric: exact match\nsplits: {train: train.jsonl, validation: validation.jsonl}\n"
+    )
+    args = parsed(small_cut, "--held-out", "4")
+    args.task = str(task)
+    data = tune._data(args)
+    held_out = {item.answer.strip() for item in (*data.stopping, *data.router)}
+    assert len(held_out) == 8 and not held_out & {item.answer.strip() for item in data.pool}
+    left = 10 - len(data.pool)
+    assert left == len(held_out & set("0123456789")) > 0
+    assert f"{left} of 10 train items are validation items, too: left out" in capsys.readouterr().out
+
+
+def test_an_interrupted_end_leaves_nothing_under_the_name_of_the_result(
+    small_cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from leap_training import tune_result
+
+    def broken(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune_result, "write_overlays", broken)
+    args = parsed(small_cut, "-o", str(tmp_path / "out"), "--steps", "1", "--rounds", "1", "--labels", "4", "--pool", "8",
+                  "--held-out", "4", "--router-warmup", "0", "--state", str(tmp_path / "state"))  # fmt: skip
+    args.json = False
+    with pytest.raises(KeyboardInterrupt):
+        tune.run(args)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state"]
+    monkeypatch.undo()
+    tune.run(args)
+    assert (tmp_path / "out" / "tune.json").exists() and (tmp_path / "out" / "adapter").is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

@@ -122,7 +122,7 @@ def test_what_cannot_be_searched_is_refused(
     for flags, said in (([], "needs --task"), (["--task", "toy-gsm", "--stop"], "--stop"),
                         (["--task", "toy-gsm", "--on", "p.json"], "--on"),
                         (["--task", "toy-gsm", "--seed", "-1"], "--seed: is -1"),
-                        (["--task", "toy-gsm", "--state", __file__], f"--state: is below {__file__}"),
+                        (["--task", "toy-gsm", "--state", __file__], f"--state: {__file__} is a file"),
                         (["--task", "toy-gsm", "--top-k", "0"], "--top-k: is 0"),
                         (["--task", "toy-gsm", "--top-k", "3"], "the model's is 2")):  # fmt: skip
         assert main([*command, *flags]) == 2
@@ -135,7 +135,7 @@ def test_a_plan_that_could_not_be_written_is_refused_before_the_search(
     (tmp_path / "file").touch()
     folder, out = family_checkpoint("qwen3_moe"), tmp_path / "file" / "plan.json"
     assert main(["search", str(folder), "--method", "magnitude", "--experts", "4", "-o", str(out)]) == 2
-    assert "--out: is below" in capsys.readouterr().err
+    assert "is a file; give a folder" in capsys.readouterr().err
 
 
 def test_the_ratio_is_of_weights_where_they_multiply_the_input(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from leap_serve.tasks.base import Item
 from leap_training.active_learning import Acquisition
 from leap_training.batches import Batch, collate
 from leap_training.routing_agent import RouterConfig
-from leap_training.tune import TuneConfig, TuneData, Tuner
+from leap_training.tune import Tuner
+from leap_training.tune_config import TuneConfig, TuneData
 from leap_training.tune_result import keep_router, report_of, sign_flip_test, write_tuned
 from leap_training.tune_state import STATE
 from parity import uneven_plan
@@ -188,6 +189,21 @@ def test_checkpointing_computes_every_layer_twice_and_nothing_drops_out(small_cu
             tuner._label()
 
 
+def test_no_step_passes_more_items_at_once_than_accumulation_allows(small_cut: Path) -> None:
+    """Router steps, expert steps and validation alike: what is at once in memory is what the user asked for."""
+    tuner = Tuner(small_cut, DATA, replace(SMALL, batch=8, accumulate=4))
+    rows: list[int] = []
+    tuner.base.model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    batch = collate(tuner.tokenizer, DATA.pool[:8], 0.0)
+    found = tuner._router_step(batch)
+    tuner._expert_step(batch, 0)
+    tuner.item_losses(DATA.stopping)
+    assert set(rows) == {2} and len(rows) == 2 * 4 + 4 + len(DATA.stopping) // 2
+    assert all(np.isfinite(value) for value in found.values())
+
+
 def test_minibatches_visit_every_labelled_item_once_per_epoch(small_cut: Path) -> None:
     tuner = Tuner(small_cut, DATA, replace(SMALL, acquisition=Acquisition(strategy="random")))
     tuner._label()
@@ -270,7 +286,9 @@ def test_a_pool_that_is_used_up_ends_the_labelling_but_not_the_run(small_cut: Pa
 
 
 def test_settings_that_cannot_run_are_all_named() -> None:
-    with pytest.raises(UsageError, match=r"labels is 0; 6 steps do not divide into 4 rounds; nothing is left to tune"):
+    with pytest.raises(
+        UsageError, match=r"labels is 0, less than 1; 6 steps do not divide into 4 rounds; nothing is left to tune"
+    ):
         replace(SMALL, labels=0, rounds=4, experts="none", rl_router=False, supervised_router=False).check()
 
 

@@ -8,8 +8,8 @@ or a sequence of T choices ([M, T]); minibatches are drawn over the first dimens
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
@@ -175,6 +175,12 @@ class Rollout:
     values: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
+
+
+def joined(rollouts: Sequence[Rollout]) -> Rollout:
+    """The samples of several rollouts, one after the other."""
+    parts = {field.name: [getattr(one, field.name) for one in rollouts] for field in fields(Rollout)}
+    return Rollout(**{name: None if found[0] is None else torch.cat(found) for name, found in parts.items()})
 
 
 def update(

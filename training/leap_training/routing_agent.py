@@ -262,7 +262,7 @@ class RoutingAgent(nn.Module):
         return (F.normalize(observations.float(), dim=-1) * self.value).sum(-1)
 
     def kl_to_sliced(self, observations: torch.Tensor) -> torch.Tensor:
-        """Mean KL(π_φ ‖ π_φ*) of the first expert chosen: softmax over the retained experts, in nats."""
+        """Mean KL(π_φ ‖ π_φ*) in nats of the routers' own distributions, softmax over the retained experts (eq. 8)."""
         divergences = []
         for place, head in enumerate(self.heads):
             x = observations[:, place].float()

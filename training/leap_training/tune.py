@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,103 +22,20 @@ from transformers import AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from leap_serve.checkpoint import Checkpoint
-from leap_serve.encoding import items_sha256
 from leap_serve.engines.torch_cut import load_model
 from leap_serve.errors import LeapError, UsageError
 from leap_serve.tasks.base import Item
-from leap_training.active_learning import BY_ANSWER, Acquisition, Pool, collect
+from leap_training.active_learning import Pool, collect
 from leap_training.adapters import wrap
 from leap_training.batches import Batch, collate, token_losses, use_fast_experts
 from leap_training.distill import Teacher
-from leap_training.ppo import Rollout
-from leap_training.routing_agent import Exploration, RouterConfig, RoutingAgent, collect_rollout, improve
+from leap_training.ppo import Rollout, joined
+from leap_training.routing_agent import RoutingAgent, collect_rollout, improve
 from leap_training.search_state import below
+from leap_training.tune_config import RATE_AT_WIDTH_1, TuneConfig, TuneData
 from leap_training.tune_state import copy_into, load_optimizer, optimizer_tensors, read_state, write_state
 
 Report = Callable[[int, int, str], None]
-RATE_AT_WIDTH_1 = {"lora": 0.768, "none": 0.768, "full": 0.384}
-"""Learning rate times hidden size: Adam's rate falls with the width (Yang et al. 2022); the constants are leap-tiny's best
-(H = 128: 6e-3 for adapters, 3e-3 for the weights themselves; dev/LOG.md), and give 3.75e-4 at H = 2,048."""
-
-
-@dataclass(frozen=True, slots=True)
-class TuneConfig:
-    """Settings; the defaults of labels and rounds are the paper's.
-
-    Args:
-        rounds, labels: batches of active learning, and items in each (B).
-        steps: expert steps of the whole run.
-        batch, accumulate: items of a step, and in how many parts they pass through the model.
-        learning_rate: of the experts, rising over ``lr_warmup`` steps and falling linearly to 0; None takes
-            RATE_AT_WIDTH_1 over the model's hidden size.
-        experts: "lora" adapters, "full" weights, or "none".
-        distill: what an expert step adds to its loss: "none", or what a full model's "logits" or "experts" say.
-        teacher: that model's folder.
-        rank: of the adapters; alpha equals it.
-        adapter_l2: μ of eq. 18, as AdamW's decoupled weight decay.
-        rl_router: whether there are router steps.
-        supervised_router: whether expert steps also move the routers, by the gradient through their weights (ours; eq. 18
-            moves only adapters there). At 8 of leap-tiny's 64 it is worth 1.6 points of exact match.
-        router_warmup: router steps before the first expert step.
-        router_every: expert steps per router step afterwards.
-        patience: rounds without a better validation loss after which the run ends; 0 never ends it early.
-        save_every: ticks between two states on disk; the end of a round is always one.
-    """
-
-    rounds: int = 10
-    labels: int = 1024
-    steps: int = 4000
-    batch: int = 32
-    accumulate: int = 1
-    learning_rate: float | None = None
-    lr_warmup: int = 50
-    experts: Literal["lora", "full", "none"] = "lora"
-    distill: Literal["none", "logits", "experts"] = "none"
-    teacher: str | None = None
-    rank: int = 32
-    adapter_l2: float = 0.01
-    rl_router: bool = True
-    supervised_router: bool = True
-    router_warmup: int = 20
-    router_every: int = 4
-    router: RouterConfig = field(default_factory=RouterConfig)
-    exploration: Exploration = field(default_factory=Exploration)
-    acquisition: Acquisition = BY_ANSWER
-    patience: int = 3
-    save_every: int = 100
-    dtype: str = "float32"
-    checkpointing: bool = False
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raise UsageError that lists everything that cannot be run."""
-        positive = ("rounds", "labels", "steps", "batch", "accumulate", "rank", "router_every", "save_every")
-        wrong = [f"{name} is {getattr(self, name)}" for name in positive if getattr(self, name) < 1]
-        if self.steps % self.rounds:
-            wrong.append(f"{self.steps} steps do not divide into {self.rounds} rounds")
-        if self.experts == "none" and not (self.rl_router or self.supervised_router):
-            wrong.append("nothing is left to tune")
-        if self.experts == "full" and self.dtype != "float32":
-            wrong.append("AdamW on the experts' own weights needs float32")
-        if self.distill != "none" and self.teacher is None:
-            wrong.append("there is no teacher to distil from")
-        if wrong:
-            raise UsageError("leap tune", "; ".join(wrong), "correct these settings")
-
-
-@dataclass(frozen=True, slots=True)
-class TuneData:
-    """Disjoint items: the pool, the test items that it must not hold, and two parts of the validation split."""
-
-    pool: Sequence[Item]
-    tests: Sequence[Item]
-    stopping: Sequence[Item]
-    router: Sequence[Item]
-
-    @property
-    def sha256(self) -> str:
-        """Identifies all of them."""
-        return items_sha256([*self.pool, *self.stopping, *self.router])
 
 
 @dataclass(slots=True)
@@ -150,7 +67,7 @@ class Tuner:
         self.accelerator = Accelerator()
         if config.batch < self.accelerator.num_processes:
             what = f"{config.batch} items in a step for {self.accelerator.num_processes} processes"
-            raise UsageError("leap tune", what, "give each process at least one with --batch")
+            raise UsageError("--batch", what, "give each process at least one")
         self.checkpoint = Checkpoint.open(folder)
         self.pool = Pool(data.pool, data.tests)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
@@ -219,7 +136,7 @@ class Tuner:
     def item_losses(self, items: Sequence[Item]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Mean loss per answer token of each item, and whether every one of its tokens is the likeliest."""
         losses, exact = [], []
-        for batch in self._parts(collate(self.tokenizer, items, 0.0), 64):
+        for batch in self._parts(collate(self.tokenizer, items, 0.0), self._rows(self.config.batch)):
             with torch.no_grad():
                 logits = self._logits(batch)
                 weights = batch.weights[:, 1:]
@@ -280,13 +197,17 @@ class Tuner:
         for group in self.policy_optimizer.param_groups:
             group["lr"] = config.router.learning_rate * (1 - self.progress.tick / self.total)
         self.agent.heads.requires_grad_(True)
-        rollout, found = collect_rollout(
-            self.agent, lambda: token_losses(self._logits(own), own), own, config.router, generator
+        parts = list(self._parts(own, self._rows(len(own.ids))))
+        kept = replace(config.router, tokens=-(-config.router.tokens // len(parts)))
+        rollouts, metrics = zip(
+            *(collect_rollout(self.agent, self._losses_of(part), part, kept, generator) for part in parts), strict=True
         )
+        rollout = joined(rollouts)
+        found = {key: float(np.mean([one[key] for one in metrics])) for key in metrics[0]}
         if world > 1:
-            parts = (rollout.observations, rollout.actions, rollout.logprobs, rollout.values, rollout.advantages,
+            own_part = (rollout.observations, rollout.actions, rollout.logprobs, rollout.values, rollout.advantages,
                      rollout.returns)  # fmt: skip
-            states, actions, *rest = (accelerator.gather(part) for part in parts)
+            states, actions, *rest = (accelerator.gather(part) for part in own_part)
             rollout = Rollout(states, actions, None, *rest)
         # The same order of minibatches in every process, so that the routers stay equal.
         same = torch.Generator().manual_seed(config.seed * 1_000_003 + self.progress.tick)
@@ -304,7 +225,7 @@ class Tuner:
         own = Batch(*(t[accelerator.process_index :: accelerator.num_processes] for t in batch))
         total = torch.zeros((), device=accelerator.device)
         self.agent.heads.requires_grad_(config.supervised_router)
-        for part in self._parts(own, -(-len(own.ids) // config.accumulate)):
+        for part in self._parts(own, self._rows(len(own.ids))):
             logits = self._logits(part)
             loss = (token_losses(logits, part) * part.weights[:, 1:]).sum() / answer_tokens
             total += loss.detach()
@@ -320,8 +241,16 @@ class Tuner:
         self.optimizer.step()
         return float(total)
 
+    def _losses_of(self, batch: Batch) -> Callable[[], torch.Tensor]:
+        """The batch's token losses [B, S − 1] by the model as it then is."""
+        return lambda: token_losses(self._logits(batch), batch)
+
     def _logits(self, batch: Batch) -> torch.Tensor:
         return self.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+
+    def _rows(self, rows: int) -> int:
+        """How many of so many rows pass through the model at once."""
+        return -(-rows // self.config.accumulate)
 
     def _parts(self, batch: Batch, rows: int) -> Iterator[Batch]:
         for parts in zip(*(t.to(self.accelerator.device).split(max(1, rows)) for t in batch), strict=True):
@@ -367,7 +296,8 @@ class Tuner:
     def _settings(self) -> dict[str, Any]:
         """What a state must agree in with the run that takes it up."""
         own = {key: value for key, value in asdict(self.config).items() if key != "save_every"}
-        settings = {"config": own, "data_sha256": self.data.sha256, "model": self.checkpoint.identity().sha256}
+        settings = {"config": own, "data_sha256": self.data.sha256, "model": self.checkpoint.identity().sha256,
+                    "processes": self.accelerator.num_processes}  # fmt: skip
         return dict(json.loads(json.dumps(settings)))  # as a file gives it back, tuples as lists
 
     def _save(self) -> None:
@@ -391,7 +321,9 @@ class Tuner:
         tensors, facts = found
         if facts["settings"] != self._settings():
             raise LeapError(
-                str(self.state), "holds a run with other settings, data or model", "give another --state, or remove it"
+                str(self.state),
+                "holds a run with other settings, data, model or number of processes",
+                "give another --state, or remove it",
             )
         copy_into({**self.tuned, "value": self.agent.value}, tensors, "now.")
         self.best = {name[5:]: t.to(self.accelerator.device) for name, t in tensors.items() if name.startswith("best.")}

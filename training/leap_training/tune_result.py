@@ -78,18 +78,21 @@ def report_of(tuner: Tuner, router: Mapping[str, Any] | None, before: float, **m
 
 
 def write_tuned(tuner: Tuner, folder: Path, report: Mapping[str, Any]) -> None:
-    """Put the adapters, the tuned routers if they stay, and tune.json beside the cut in ``folder``."""
+    """Put tune.json, the adapters and, if they stay, the tuned routers beside the cut in ``folder``.
+
+    In this order: a kill in between leaves a cut without tuned parts, which the same command tunes again from its state.
+    """
     moved = bool(report["router"] and report["router"]["kept"])
     head = {
         layer: RouterHead(rows["weight"].to(tuner.base.dtype), rows["bias"].to(tuner.base.dtype) if "bias" in rows else None)
         for layer, rows in tuner.agent.router_head().items()
     }  # fmt: skip
+    write_json(folder / REPORT, dict(report))
     with tempfile.TemporaryDirectory() as scratch:
         adapter = Path(scratch) / "adapter" if tuner.config.experts == "lora" else None
         if adapter is not None:
             save(tuner.model, adapter)
         write_overlays(folder, router_head=head if moved else None, adapter=adapter, made_by=report["made_by"])
-    write_json(folder / REPORT, dict(report))
 
 
 def write_plain(tuner: Tuner, source: Path, out: Path, report: Mapping[str, Any], force: bool) -> None:
