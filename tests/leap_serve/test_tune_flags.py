@@ -119,7 +119,7 @@ def test_items_of_the_validation_split_are_left_out_of_the_pool(
         return "".join(f'{{"q": "{n}", "a": "{n}"}}\n' for n in numbers)
 
     (tmp_path / "train.jsonl").write_text(lines(range(10)))
-    (tmp_path / "validation.jsonl").write_text(lines(range(7, 20)))
+    (tmp_path / "validation.jsonl").write_text(lines(range(4, 28)))
     task = tmp_path / "task.yaml"
     task.write_text(
         "prompt: '{q}'\nanswer: a\nmetric: exact match\nsplits: {train: train.jsonl, validation: validation.jsonl}\n"
