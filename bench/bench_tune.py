@@ -2,6 +2,7 @@
 
     python bench/bench_tune.py --what scores       # the whole pipeline at 16, 8 and 4 of 64, three tasks
     python bench/bench_tune.py --what baselines    # rivals under the same labels and steps, hard task, 8 of 64
+    python bench/bench_tune.py --what tight        # the same rivals at 4 of 64, where they have more to repair
     python bench/bench_tune.py --what parts        # each part left out
     python bench/bench_tune.py --what router       # the router by PPO alone, and as it was
     python bench/bench_tune.py --what few          # the same rivals with a thousand labels
@@ -47,6 +48,8 @@ from leap_training.tune_result import keep_router, report_of, write_plain, write
 RESULTS = Path(__file__).parent / "results" / "tune.jsonl"
 PLANS = Path(__file__).parent / "results" / "search_methods.jsonl"
 MODEL, TASKS, HARD = "leap-tiny", ("toy-gsm", "toy-code", "toy-xsum"), ("toy-gsm", 8)
+TIGHT = ("toy-gsm", 4)
+RIVALS = ("vanilla", "full", "kd", "kd-experts", "no-active-learning")
 ROUNDS, ROUNDS_OF_MOST = 10, 5
 RANDOM = Acquisition(strategy="random")
 OWN = TuneConfig(patience=0, acquisition=Acquisition())
@@ -110,8 +113,10 @@ def planned(
             for budget, task in itertools.product(experts, tasks):
                 runs += [Run(task, 64, "full-model", 0, 0), Run(task, budget, "untuned", 0, seed)]
                 runs.append(Run(task, budget, "leap", most, seed))
+        if "tight" in what:
+            runs += [Run(*TIGHT, method, most, seed) for method in ("leap", *RIVALS, "answer-doubt")]
         for question, methods in (
-            ("baselines", ("vanilla", "full", "kd", "kd-experts", "no-active-learning")),
+            ("baselines", RIVALS),
             ("parts", ("no-rl-router", "no-active-learning", "no-lora", "no-agent")),
             ("router", ("no-supervised-router", "no-router")),
         ):
@@ -227,7 +232,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    questions = ("scores", "baselines", "parts", "few", "labels", "router")
+    questions = ("scores", "baselines", "parts", "few", "labels", "router", "tight")
     parser.add_argument("--what", nargs="+", choices=questions, default=questions)
     parser.add_argument("--experts", type=int, nargs="+", default=[16, 8, 4])
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
