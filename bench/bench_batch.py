@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 16, 32])
+    parser.add_argument("--experts", type=int, nargs="+", default=[32, 16, 8, 4], help="of 64, in each layer")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -72,7 +73,7 @@ def main() -> None:
     loads = [Workload("decode", input_tokens=16, output_tokens=32, batch=batch) for batch in args.batch]
     with tempfile.TemporaryDirectory() as folder:
         full = make_model(Path(folder) / "experts64", args.hidden, args.intermediate, 64, args.layers)
-        models = [full, *(cut_to(full, kept, Path(folder) / f"experts{kept}") for kept in (32, 16, 8))]
+        models = [full, *(cut_to(full, kept, Path(folder) / f"experts{kept}") for kept in args.experts)]
         engine = {"kv_cache_gib": 0.25, "max_model_len": 64, "max_num_seqs": max(args.batch)}
         env = {"OMP_NUM_THREADS": str(args.threads)}
         contenders = [Contender(model.name, str(model), engine, env) for model in models]
@@ -91,7 +92,7 @@ def main() -> None:
                     line.append(f"{speed_up['median']:.2f} [{speed_up['low']:.2f}, {speed_up['high']:.2f}]")
                 line.insert(1, f"{row['contenders'][0]['metrics']['tpot_ms']['median']:.2f}")
                 shown.append(line)
-    table("speed-up of TPOT over 64 experts", ["batch", "TPOT ms, 64", "32", "16", "8"], shown)
+    table("speed-up of TPOT over 64 experts", ["batch", "TPOT ms, 64", *map(str, args.experts)], shown)
 
 
 if __name__ == "__main__":
