@@ -1,7 +1,7 @@
 """Decoding gets faster with fewer experts where a batch reads many of them, and does not where it reads few.
 
-Makes a random qwen3_moe whose weights are nearly all experts, cuts it to 32, 16 and 8 of 64 experts with
-the same top-4, and measures all four interleaved in one run. Appends a row per batch and cut to
+Makes a random qwen3_moe whose weights are nearly all experts, cuts it to 32, 16, 8 and 4 of 64 experts with
+the same top-4, and measures all of them interleaved in one run. Appends a row per batch and cut to
 bench/results/batch.jsonl; ``ratio_a_over_b`` is full over cut, so for tpot_ms it is the speed-up.
 
     python bench/bench_batch.py
