@@ -62,6 +62,31 @@ def test_phase_one_prunes_and_phase_two_merges() -> None:
         EepConfig(evaluations=31).check()
 
 
+def test_children_change_as_often_as_the_paper_says() -> None:
+    """Of 400 layers with 3 slots: a layer mutates w.p. 0.25 and then a row w.p. 0.15; noise 0.065 w.p. 0.25 an entry; 0.3 crossed."""
+    many = PruningSpace.of(Routing(ROUTING.base, E, dict.fromkeys(range(400), 2)), experts=R)
+    search = Eep(landscape, many, CONFIG)
+    one, other = one_hot([[0, 2, 4]] * 400), one_hot([[1, 3, 5]] * 400)
+    changed = rows = 0
+    for _ in range(50):
+        for layer in search._pruning([one, one]).experts:
+            different = len(set(layer.argmax(1)) - {0, 2, 4})
+            changed, rows = changed + (different > 0), rows + different
+    assert changed / 20_000 == pytest.approx(0.25 * (1 - 0.85**3), abs=0.01)
+    assert rows / 60_000 == pytest.approx(0.25 * 0.15, abs=0.004)
+    crossed = 0
+    for _ in range(500):
+        child = search._merging([one, other])
+        share = float((child.experts.argmax(-1)[:, 0] % 2).mean())  # of layers that are the other parent's
+        # A layer comes from the second parent w.p. a half, in a child that is crossed.
+        crossed += 0.3 < share < 0.7
+        assert crossed or share in (0.0, 1.0)
+    assert crossed / 500 == pytest.approx(0.3, abs=0.07)
+    noise = search._noise((400, R, E))
+    assert float((noise != 0).mean()) == pytest.approx(0.25, abs=0.02)
+    assert float(noise[noise != 0].std()) == pytest.approx(0.065, abs=0.003)
+
+
 def test_a_search_that_is_killed_ends_as_one_that_is_not(tmp_path: Path) -> None:
     whole = Eep(landscape, SPACE, CONFIG).run()
 

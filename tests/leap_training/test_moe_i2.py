@@ -21,7 +21,7 @@ from leap_serve.errors import UsageError
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.weights.matrices import values
 from leap_training.methods.blocks import BlockModel, LayerResults
-from leap_training.methods.moe_i2 import MoeI2Config, genetic, moe_i2, pruned_counts, ranks
+from leap_training.methods.moe_i2 import MoeI2Config, _child, genetic, moe_i2, pruned_counts, ranks
 from leap_training.pruning_space import PruningSpace
 from leap_training.saliency import Routing
 
@@ -65,6 +65,16 @@ def test_the_genetic_search_finds_what_trying_all_sets_finds(population: int) ->
         found = genetic(lambda sets: [loss(one) for one in sets], E, 5, config, [seed])
         every = sorted((loss(kept), kept) for kept in itertools.combinations(range(E), 5))
         assert [kept for kept, _ in found] == [kept for _, kept in every[:3]]
+
+
+def test_three_of_ten_children_swap_an_expert_for_one_that_neither_parent_drops() -> None:
+    random, every = np.random.default_rng(0), frozenset(range(40))
+    one, other = frozenset(range(5)), frozenset(range(3, 8))
+    children = [_child(random, [one, other], every, 5) for _ in range(2000)]
+    assert all(len(child) == 5 for child in children)
+    foreign = [len(child - one - other) for child in children]
+    # The expert that is swapped in is none of the child's own: 3 of these 35 are the parents'.
+    assert set(foreign) == {0, 1} and np.mean(foreign) == pytest.approx(0.3 * 32 / 35, abs=0.03)
 
 
 def test_importance_candidates_and_groups_are_those_of_real_blocks(
