@@ -19,6 +19,7 @@ from leap_serve.tasks.registry import PUBLISHED, TASKS, items_from_file, load_ta
 from leap_serve.tasks.user import UserTask
 
 if TYPE_CHECKING:
+    from leap_serve.plan import Plan
     from leap_training.tune import Report, Tuner
     from leap_training.tune_config import TuneConfig, TuneData
 
@@ -160,33 +161,12 @@ def _source(args: argparse.Namespace) -> Path:
     checkpoint = Checkpoint.open(folder)
     if checkpoint.plan is None:
         raise UsageError(folder, "is a full model, nothing has been cut out of it", "cut it first with leap cut")
-    if args.baseline and not checkpoint.plan.is_uniform:
-        raise UnsupportedError(
-            folder, "its layers differ in experts, top_k or temperature, and a baseline writes a checkpoint of "
-            "transformers, which holds one of each for all", "tune it without --baseline, or cut a uniform plan",
-        )  # fmt: skip
     if checkpoint.overlays and not (args.force and args.out is None):
         raise UsageError(folder, "has tuned parts already", "pass --force without --out to tune it anew")
-    if args.baseline and args.out is None:
-        raise UsageError("--baseline", "writes whole weights", "name a folder for them with --out")
-    if (args.baseline or "").startswith("kd") and not args.teacher:
-        raise UsageError(f"--baseline {args.baseline}", "learns from the full model", "name it with --teacher")
-    method = checkpoint.plan.made_by.get("method") if checkpoint.plan else None
-    if args.baseline == "vanilla" and method != "frequency":
-        raise UsageError(
-            "--baseline vanilla", f"starts from experts chosen by frequency, these were chosen by {method}",
-            "cut a plan of leap search --method frequency, or choose --baseline full",
-        )  # fmt: skip
     if args.pool < 1 or args.held_out < 1:
         raise UsageError("--pool, --held-out", f"are {args.pool} and {args.held_out}", "give 1 or more")
-    if (
-        args.teacher
-        and args.baseline
-        and (found := Checkpoint.open(resolve_model(args.teacher)).identity()).sha256 != (checkpoint.plan.base.sha256)
-    ):
-        raise UsageError(
-            "--teacher", f"{found.id} is not {checkpoint.plan.base.id}, the model that was cut", "name that model"
-        )
+    if args.baseline:
+        _check_baseline(args, checkpoint, checkpoint.plan)
     if args.state is not None:
         check_place("--state", args.state)
     if args.out is not None:
@@ -195,6 +175,31 @@ def _source(args: argparse.Namespace) -> Path:
         if args.out.exists() and any(args.out.iterdir()) and not args.force:
             raise UsageError(args.out, "exists and is not empty", "choose another --out, or pass --force to replace it")
     return folder
+
+
+def _check_baseline(args: argparse.Namespace, checkpoint: Checkpoint, plan: Plan) -> None:
+    """Refuse a rival that this cut, or what is named as its teacher, does not allow."""
+    where = f"--baseline {args.baseline}"
+    if not plan.is_uniform:
+        raise UnsupportedError(
+            checkpoint.folder, "its layers differ in experts, top_k or temperature, and a baseline writes a checkpoint of "
+            "transformers, which holds one of each for all", "tune it without --baseline, or cut a uniform plan",
+        )  # fmt: skip
+    if args.out is None:
+        raise UsageError("--baseline", "writes whole weights", "name a folder for them with --out")
+    method = plan.made_by.get("method")
+    if args.baseline == "vanilla" and method != "frequency":
+        raise UsageError(
+            where, f"starts from experts chosen by frequency, these were chosen by {method}",
+            "cut a plan of leap search --method frequency, or choose --baseline full",
+        )  # fmt: skip
+    if not args.baseline.startswith("kd"):
+        return
+    if not args.teacher:
+        raise UsageError(where, "learns from the full model", "name it with --teacher")
+    teacher = Checkpoint.open(resolve_model(args.teacher)).identity()
+    if teacher.sha256 != plan.base.sha256:
+        raise UsageError("--teacher", f"{teacher.id} is not {plan.base.id}, the model that was cut", "name that model")
 
 
 def _tuner(args: argparse.Namespace, source: Path) -> Tuner:
