@@ -108,12 +108,12 @@ def _labels(rows: Rows, method: str, level: float) -> str:
     )
 
 
-def _less(rows: Rows, method: str, reference: str, labels: int) -> str:
+def _less(rows: Rows, method: str, reference: str, labels: int, experts: int = HARD[1]) -> str:
     """How many points a method has more than a reference on the hard task, paired by seed."""
     scores = [
         {
             row["seed"]: row["score"]
-            for row in rows.find("tune", task=HARD[0], experts=HARD[1], method=one, labels=labels)
+            for row in rows.find("tune", task=HARD[0], experts=experts, method=one, labels=labels)
         }
         for one in (method, reference)
     ]
@@ -139,18 +139,26 @@ def parts(rows: Rows) -> Table:
     )
 
 
+TIGHT = 4
+"""Experts of 64 at which rivals have more to repair."""
+
+
 def rivals(rows: Rows) -> Table:
     """Ours: baselines under the same labels and steps, on the hard task."""
     task, experts = HARD
     methods = ("answer-doubt", "leap", "no-active-learning", "vanilla", "full", "kd", "kd-experts")
     body = [
         [NAMES[method], over_seeds(rows.tuned(method, task, experts, FEW)), _less(rows, method, "answer-doubt", FEW),
-         over_seeds(rows.tuned(method, task, experts)), _less(rows, method, "leap", MOST_LABELS)]
+         *(cell for kept in (experts, TIGHT)
+           for cell in (over_seeds(rows.tuned(method, task, kept)), _less(rows, method, "leap", MOST_LABELS, kept)))]
         for method in methods
     ]  # fmt: skip
     return Table(
         "Baselines under the same labels and steps",
-        f"leap-tiny, {task}, {experts} of 64 experts, 400 steps; score in % on test items, differences paired by seed. Not in a paper.",
-        ["method", f"{FEW:,} labels", "less the first, points", f"{MOST_LABELS:,} labels", "less LEAP (agent), points"], body,
-        reason(body, 5, "not measured: bench_tune.py --what few baselines"),
+        f"leap-tiny, {task}, {experts} and {TIGHT} of 64 experts, 400 steps; score in % on test items, differences paired by "
+        "seed. Not in a paper.",
+        ["method", f"{experts} of 64, {FEW:,} labels", "less the first, points",
+         *(cell for kept in (experts, TIGHT)
+           for cell in (f"{kept} of 64, {MOST_LABELS:,} labels", "less LEAP (agent), points"))], body,
+        reason(body, 7, "not measured: bench_tune.py --what few baselines tight"),
     )  # fmt: skip
