@@ -56,28 +56,32 @@ def test_a_miniature_learns_loads_and_survives_sigkill(tmp_path: Path) -> None:
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "Question: hi\nAnswer:"
 
 
-@pytest.mark.parametrize("form", ["qwen3_moe", "llama4_text"])
-def test_padded_experts_equal_what_transformers_computes(form: str) -> None:
+@pytest.mark.parametrize("adapted", [False, True])
+def test_grouped_experts_equal_what_transformers_computes(adapted: bool) -> None:
     import torch
 
+    from leap_training.adapters import wrap
     from leap_training.tiny import FORMS, batch_of, build_model, build_tokenizer, loss_of
 
-    config = replace(FORMS[form], hidden=32, layers=2, experts=8, vocab=512, batch=4)
+    config = replace(FORMS["llama4_text"], hidden=32, layers=2, experts=8, vocab=512, batch=4)
     tokenizer = build_tokenizer(config)
     model = build_model(config, tokenizer)
     batch = batch_of(config, tokenizer, 0)
+    if adapted:
+        model = wrap(model, 2, 2)
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                torch.nn.init.normal_(parameter)
 
     def losses() -> list[torch.Tensor]:
         model.zero_grad()
         loss, balance = loss_of(model, batch)
         (loss + balance).backward()
-        return [loss.detach(), balance.detach(), *(p.grad for p in model.parameters())]
+        return [loss.detach(), balance.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
 
     ours = losses()
-    if form == "qwen3_moe":
-        model.set_experts_implementation("eager")
-    for module in model.modules():
-        vars(module).pop("forward", None)
+    replaced = [vars(module).pop("forward", None) for module in model.modules()]
+    assert sum(one is not None for one in replaced) == 2  # the block and its experts
     for fast, slow in zip(ours, losses(), strict=True):
         torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-6)
 

@@ -23,7 +23,7 @@ from leap_serve.files import new_folder
 from leap_serve.provenance import made_by
 from leap_serve.tasks.base import Item
 from leap_serve.tasks.registry import load_task
-from leap_training.batches import Batch, collate, use_padded_experts, weighted_loss
+from leap_training.batches import Batch, collate, use_fast_experts, weighted_loss
 
 ITEMS = 1000
 STEPS = 400
@@ -52,7 +52,7 @@ def finetune(
     """Tune the experts and routers of a stock-loadable checkpoint and write it to ``out``; return the losses."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    use_padded_experts(model)
+    use_fast_experts(model)
     routers = (".gate.weight", ".router.weight")
     tuned = [p for name, p in model.named_parameters() if ".experts." in name or name.endswith(routers)]
     for parameter in model.parameters():

@@ -31,7 +31,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 
 from leap_serve.tasks import toy_code, toy_gsm, toy_xsum
 from leap_serve.tasks.base import Item, split_of
-from leap_training.batches import Batch, collate, use_padded_experts, weighted_loss
+from leap_training.batches import Batch, collate, use_fast_experts, weighted_loss
 
 EOS = "<|endoftext|>"
 CHAT_TEMPLATE = (
@@ -101,7 +101,7 @@ def build_tokenizer(config: TinyConfig) -> PreTrainedTokenizerFast:
 
 
 def build_model(config: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> Any:
-    """Make the untrained model, fp32, with experts computed in batches."""
+    """Make the untrained model, fp32."""
     torch.manual_seed(config.seed)
     shared = dict(
         vocab_size=len(tokenizer), hidden_size=config.hidden, num_hidden_layers=config.layers,
@@ -121,7 +121,7 @@ def build_model(config: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> Any:
             num_experts=config.experts, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[],
         )  # fmt: skip
     model = AutoModelForCausalLM.from_config(own, dtype=torch.float32)
-    use_padded_experts(model)
+    use_fast_experts(model)
     return model
 
 
