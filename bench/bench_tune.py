@@ -11,7 +11,7 @@
 
 Every run takes 400 expert steps of 32 items, labelled in 10 rounds, at most 10,240 of them (the paper's 10 × 1,024;
 those in 5 rounds, since each scores most of the pool): fixed before the first run. "leap" chooses them by the paper's
-eq. 15-17, "answer-doubt" as `leap tune` does unless it is told otherwise. It starts from plans that
+eq. 15-17, "answer-doubt" as `leap tune` does unless it is told otherwise, "teacher" as `leap tune --teacher` does. It starts from plans that
 bench/search_methods.py found (rows there; a seed's run takes that seed's plan), tunes, writes the checkpoint as `leap
 tune` does, and scores it on 1,024 test items in the vLLM engine, where the full model is scored, too.
 One row per (task, experts, method, labels, seed) in bench/results/tune.jsonl; a row that is there is not made again.
@@ -57,6 +57,7 @@ RIVAL = replace(OWN, experts="full", rl_router=False, acquisition=RANDOM)
 METHODS = {
     "leap": OWN,
     "answer-doubt": replace(OWN, acquisition=BY_ANSWER),
+    "teacher": replace(OWN, acquisition=BY_ANSWER, distill="logits", teacher=MODEL),
     "no-active-learning": replace(OWN, acquisition=RANDOM),
     "no-rl-router": replace(OWN, rl_router=False),
     "no-supervised-router": replace(OWN, supervised_router=False),
@@ -114,7 +115,7 @@ def planned(
                 runs += [Run(task, 64, "full-model", 0, 0), Run(task, budget, "untuned", 0, seed)]
                 runs.append(Run(task, budget, "leap", most, seed))
         if "tight" in what:
-            runs += [Run(*TIGHT, method, most, seed) for method in ("leap", *RIVALS, "answer-doubt")]
+            runs += [Run(*TIGHT, method, most, seed) for method in ("leap", *RIVALS, "answer-doubt", "teacher")]
         for question, methods in (
             ("baselines", RIVALS),
             ("parts", ("no-rl-router", "no-active-learning", "no-lora", "no-agent")),
@@ -122,7 +123,7 @@ def planned(
         ):
             runs += [Run(*HARD, method, most, seed) for method in methods if question in what]
         if "few" in what:
-            runs += [Run(*HARD, method, FEW, seed) for method in (*CHOICES, "vanilla", "full", "kd", "kd-experts")]
+            runs += [Run(*HARD, method, FEW, seed) for method in (*CHOICES, "teacher", "vanilla", "full", "kd", "kd-experts")]
         if "labels" in what:
             runs += [Run(*HARD, method, level, seed) for level, method in itertools.product(LEVELS, CHOICES)]
             runs += [Run(*HARD, "leap", level, seed) for level in MORE]

@@ -146,7 +146,7 @@ TIGHT = 4
 def rivals(rows: Rows) -> Table:
     """Ours: baselines under the same labels and steps, on the hard task."""
     task, experts = HARD
-    methods = ("answer-doubt", "leap", "no-active-learning", "vanilla", "full", "kd", "kd-experts")
+    methods = ("answer-doubt", "teacher", "leap", "no-active-learning", "vanilla", "full", "kd", "kd-experts")
     body = [
         [NAMES[method], over_seeds(rows.tuned(method, task, experts, FEW)), _less(rows, method, "answer-doubt", FEW),
          *(cell for kept in (experts, TIGHT)

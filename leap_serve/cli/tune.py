@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parts.add_argument("--no-lora", action="store_true", help="the experts stay as they are")
     parts.add_argument("--baseline", choices=BASELINES, help="a rival under the same labels and steps; needs --out")
-    parts.add_argument("--teacher", help="kd, kd-experts: the full model")
+    parts.add_argument("--teacher", help="the full model: learn its next-token distributions beside the labels")
     knobs = parser.add_argument_group("knobs")
     knobs.add_argument("--rank", type=int, default=32, help="of the experts' adapters")
     knobs.add_argument("--learning-rate", type=float, help="default: 0.768 / hidden size, 3.75e-4 at 2,048")
@@ -167,6 +167,8 @@ def _source(args: argparse.Namespace) -> Path:
         raise UsageError("--pool, --held-out", f"are {args.pool} and {args.held_out}", "give 1 or more")
     if args.baseline:
         _check_baseline(args, checkpoint, checkpoint.plan)
+    if args.teacher:
+        _check_teacher(args, checkpoint.plan)
     if args.state is not None:
         check_place("--state", args.state)
     if args.out is not None:
@@ -178,7 +180,7 @@ def _source(args: argparse.Namespace) -> Path:
 
 
 def _check_baseline(args: argparse.Namespace, checkpoint: Checkpoint, plan: Plan) -> None:
-    """Refuse a rival that this cut, or what is named as its teacher, does not allow."""
+    """Refuse a rival that this cut does not allow."""
     where = f"--baseline {args.baseline}"
     if not plan.is_uniform:
         raise UnsupportedError(
@@ -193,10 +195,16 @@ def _check_baseline(args: argparse.Namespace, checkpoint: Checkpoint, plan: Plan
             where, f"starts from experts chosen by frequency, these were chosen by {method}",
             "cut a plan of leap search --method frequency, or choose --baseline full",
         )  # fmt: skip
-    if not args.baseline.startswith("kd"):
-        return
-    if not args.teacher:
+    if BASELINES[args.baseline] != "none" and not args.teacher:
         raise UsageError(where, "learns from the full model", "name it with --teacher")
+
+
+def _check_teacher(args: argparse.Namespace, plan: Plan) -> None:
+    """Refuse a teacher that is not the model that was cut, or that nothing learns from."""
+    if args.no_lora and not args.supervised_router:
+        raise UsageError("--teacher", "expert steps learn from it, and nothing moves in them", "leave it out")
+    if args.baseline and BASELINES[args.baseline] == "none":
+        raise UsageError("--teacher", f"--baseline {args.baseline} learns from labels alone", "leave it out, or choose kd")
     teacher = Checkpoint.open(resolve_model(args.teacher)).identity()
     if teacher.sha256 != plan.base.sha256:
         raise UsageError("--teacher", f"{teacher.id} is not {plan.base.id}, the model that was cut", "name that model")
@@ -221,7 +229,7 @@ def _config(args: argparse.Namespace, source: Path) -> TuneConfig:
 
     rival = args.baseline is not None
     chosen = args.active_learning if args.active_learning is not None else args.task not in CODE
-    distill = BASELINES[args.baseline] if rival else "none"
+    distill = BASELINES[args.baseline] if rival else "logits" if args.teacher else "none"
     return TuneConfig(
         rounds=args.rounds, labels=args.labels, steps=args.steps, batch=args.batch, accumulate=args.accumulate,
         learning_rate=args.learning_rate, lr_warmup=args.lr_warmup, experts="full" if rival else "none" if args.no_lora else "lora",

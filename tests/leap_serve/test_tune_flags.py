@@ -103,6 +103,12 @@ def test_what_cannot_be_tuned_is_refused_before_anything_is_loaded(small_cut: Pa
     teacher = ["--baseline", "kd", "-o", str(tmp_path / "kd"), "--teacher"]
     assert "is not whole" in refused(*teacher, str(small_cut))
     assert tune._source(parsed(small_cut, *teacher, str(small_cut.parent / "whole"))) == small_cut
+    whole = ["--teacher", str(small_cut.parent / "whole")]
+    assert "is not whole" in refused("--teacher", str(small_cut))
+    assert "learns from labels alone" in refused("--baseline", "full", "-o", str(tmp_path / "kd"), *whole)
+    assert "nothing moves in them" in refused("--no-lora", "--no-supervised-router", *whole)
+    config = tune._config(parsed(small_cut, *whole), small_cut)
+    assert (config.distill, config.teacher, config.experts) == ("logits", whole[1], "lora")
     assert "is a file" in refused("-o", __file__) and "is a file" in refused("--state", __file__)
     assert "where no file can be made" in refused("-o", f"{__file__}/x")
     assert "lies in the source" in refused("-o", str(small_cut / "sub"))

@@ -20,6 +20,7 @@ from leap_serve.errors import CheckpointError, LeapError, UsageError
 from leap_serve.tasks.base import Item
 from leap_training.active_learning import Acquisition
 from leap_training.batches import Batch, collate
+from leap_training.distill import Teacher
 from leap_training.routing_agent import RouterConfig
 from leap_training.tune import Tuner
 from leap_training.tune_config import TuneConfig, TuneData
@@ -126,6 +127,22 @@ def test_tuning_the_experts_lowers_the_validation_loss(small_cut: Path) -> None:
     after = tuner.item_losses(DATA.stopping)[0].mean()
     assert after < before - 0.3
     assert after == pytest.approx(tuner.progress.curve[-1]["validation_loss"], abs=1e-6)
+
+
+def test_a_teacher_keeps_adapters_and_router_nearer_to_the_full_model(small_cut: Path) -> None:
+    whole = small_cut.parent / "whole"
+
+    def apart(settings: TuneConfig) -> float:
+        """KL(full model ‖ tuned) over answer tokens."""
+        tuner = tuned(small_cut, settings)
+        batch = collate(tuner.tokenizer, DATA.stopping, 0.0)
+        with torch.no_grad():
+            logits = tuner.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+        teacher = Teacher(whole, tuner.base, tuner.checkpoint.family, {}, "logits")
+        return float(teacher(batch, logits, float(batch.weights[:, 1:].sum())))
+
+    alone = replace(SMALL, steps=30, patience=0)
+    assert apart(replace(alone, distill="logits", teacher=str(whole))) < 0.7 * apart(alone)
 
 
 def test_the_best_round_comes_back_and_patience_ends_the_run(small_cut: Path) -> None:
