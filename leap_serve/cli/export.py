@@ -6,13 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from leap_serve.checkpoint import resolve_model
 from leap_serve.cli.console import progress_bar, say, table
 from leap_serve.cut.export import export
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    parser.add_argument("checkpoint", type=Path, help="a tuned checkpoint")
+    parser.add_argument("checkpoint", help="a tuned checkpoint")
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the plain checkpoint")
     parser.add_argument("--force", action="store_true", help="replace --out if it is not empty")
 
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Export and show what was written."""
     with progress_bar("export, tensors") as bar:
-        report = export(args.checkpoint, args.out, force=args.force, progress=bar)
+        report = export(resolve_model(args.checkpoint), args.out, force=args.force, progress=bar)
     table(
         f"{args.checkpoint} → {args.out}",
         ["", ""],
