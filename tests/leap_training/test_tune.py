@@ -24,7 +24,7 @@ from leap_training.distill import Teacher
 from leap_training.routing_agent import RouterConfig
 from leap_training.tune import Tuner
 from leap_training.tune_config import TuneConfig, TuneData
-from leap_training.tune_result import keep_router, report_of, sign_flip_test, write_tuned
+from leap_training.tune_result import keep_router, report_of, sign_flip_test, signed_ranks, write_tuned
 from leap_training.tune_state import STATE
 from parity import uneven_plan
 from tiny_tokenizer import talking_copy
@@ -237,6 +237,16 @@ def test_sign_flips_agree_with_enumeration() -> None:
     assert sign_flip_test(differences) == pytest.approx(exact, abs=0.015)
     assert sign_flip_test(np.ones(30)) < 0.001
     assert sign_flip_test(np.zeros(30)) == 1.0
+
+
+def test_one_item_does_not_outweigh_all_others_in_the_routers_test() -> None:
+    assert signed_ranks(np.array([0.5, -0.1, 0.0, 0.1, -9.0])).tolist() == [3.0, -1.5, 0.0, 1.5, -4.0]
+    gains = np.full(200, 0.01)
+    gains[0] = -1.5
+    assert gains.mean() > 0 and sign_flip_test(gains) > 0.1
+    assert sign_flip_test(signed_ranks(gains)) < 0.001
+    gains[1::2] *= -1
+    assert sign_flip_test(signed_ranks(gains)) > 0.3
 
 
 def test_a_router_that_does_not_help_goes_and_one_that_does_stays(small_cut: Path) -> None:
