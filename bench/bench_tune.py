@@ -123,7 +123,9 @@ def planned(
         ):
             runs += [Run(*HARD, method, most, seed) for method in methods if question in what]
         if "few" in what:
-            runs += [Run(*HARD, method, FEW, seed) for method in (*CHOICES, "teacher", "vanilla", "full", "kd", "kd-experts")]
+            runs += [
+                Run(*HARD, method, FEW, seed) for method in (*CHOICES, "teacher", "vanilla", "full", "kd", "kd-experts")
+            ]
         if "labels" in what:
             runs += [Run(*HARD, method, level, seed) for level, method in itertools.product(LEVELS, CHOICES)]
             runs += [Run(*HARD, "leap", level, seed) for level in MORE]
@@ -170,11 +172,10 @@ def tune(folder: Path, run: Run, config: TuneConfig, size: Size, out: Path) -> d
     if config.teacher:
         config = replace(config, teacher=str(resolve_model(config.teacher)))
     tuner = Tuner(folder, data, config)
-    before, _ = tuner.item_losses(data.stopping)
     tuner.run()
     whole = config.experts == "full"
     router = keep_router(tuner) if config.rl_router or (config.supervised_router and not whole) else None
-    report = report_of(tuner, router, float(before.mean()), task=run.task)
+    report = report_of(tuner, router, task=run.task)
     if whole:
         write_plain(tuner, folder, out, report, False)
     else:

@@ -128,12 +128,11 @@ def tune(tuner: Tuner, show: Report, **origin: Any) -> dict[str, Any]:
     """Tune to the end and keep the tuned router only if it earns it; returns the content of tune.json."""
     from leap_training.tune_result import keep_router, report_of
 
-    losses, _ = tuner.item_losses(tuner.data.stopping)
     tuner.run(show)
     moved = tuner.config.rl_router or tuner.config.supervised_router
     # A rival's router is part of it; whether ours stays is asked of ours alone.
     router = keep_router(tuner) if moved and tuner.config.experts != "full" else None
-    return report_of(tuner, router, float(losses.mean()), **origin)
+    return report_of(tuner, router, **origin)
 
 
 def _show(args: argparse.Namespace, report: dict[str, Any]) -> None:
@@ -146,6 +145,9 @@ def _show(args: argparse.Namespace, report: dict[str, Any]) -> None:
             for row in report["curve"]
         ],
     )  # fmt: skip
+    if not report["best_round"]:
+        say("no round was better than the cut itself: what was written changes nothing; try a lower --learning-rate")
+        return
     router = report["router"]
     if router:
         verdict = "the tuned router stays" if router["kept"] else "no gain was shown, so the sliced router stays"
@@ -204,7 +206,9 @@ def _check_teacher(args: argparse.Namespace, plan: Plan) -> None:
     if args.no_lora and not args.supervised_router:
         raise UsageError("--teacher", "expert steps learn from it, and nothing moves in them", "leave it out")
     if args.baseline and BASELINES[args.baseline] == "none":
-        raise UsageError("--teacher", f"--baseline {args.baseline} learns from labels alone", "leave it out, or choose kd")
+        raise UsageError(
+            "--teacher", f"--baseline {args.baseline} learns from labels alone", "leave it out, or choose kd"
+        )
     teacher = Checkpoint.open(resolve_model(args.teacher)).identity()
     if teacher.sha256 != plan.base.sha256:
         raise UsageError("--teacher", f"{teacher.id} is not {plan.base.id}, the model that was cut", "name that model")

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from cutting import plan_for
+from leap_serve.checkpoint import resolve_model
 from leap_serve.cut.export import export
 from leap_serve.cut.write import cut
 from leap_serve.errors import CheckpointError, LeapError, UsageError
 from leap_serve.tasks.base import Item
+from leap_serve.tasks.registry import load_task
 from leap_training.active_learning import Acquisition
 from leap_training.batches import Batch, collate
 from leap_training.distill import Teacher
@@ -69,6 +71,16 @@ class Killed(Exception):
     pass
 
 
+def killing(after: int) -> Callable[[int, int, str], None]:
+    """A report of progress that ends the run after so many ticks."""
+
+    def kill(done: int, _total: int, _note: str) -> None:
+        if done == after:
+            raise Killed
+
+    return kill
+
+
 @pytest.fixture(scope="module")
 def whole(small_cut: Path) -> Tuner:
     """A run that nothing interrupted."""
@@ -79,13 +91,8 @@ def whole(small_cut: Path) -> Tuner:
 def test_a_run_that_was_ended_anywhere_continues_to_the_same_curve(
     small_cut: Path, whole: Tuner, tmp_path: Path, after: int
 ) -> None:
-
-    def kill(done: int, _total: int, _note: str) -> None:
-        if done == after:
-            raise Killed
-
     with pytest.raises(Killed):
-        Tuner(small_cut, DATA, SMALL, tmp_path).run(kill)
+        Tuner(small_cut, DATA, SMALL, tmp_path).run(killing(after))
     again = Tuner(small_cut, DATA, SMALL, tmp_path)
     assert again.progress.tick == after
     again.run()
@@ -155,9 +162,31 @@ def test_the_best_round_comes_back_and_patience_ends_the_run(small_cut: Path) ->
     tuner = Tuner(small_cut, contrary, config)
     tuner.run()
     losses = [row["validation_loss"] for row in tuner.progress.curve]
-    assert tuner.progress.stopped and len(losses) < 6
-    assert len(losses) - 1 - tuner.progress.best == 2 and min(losses) == losses[tuner.progress.best]
-    assert tuner.item_losses(contrary.stopping)[0].mean() == pytest.approx(min(losses), abs=1e-6)
+    assert tuner.progress.stopped and len(losses) < 6 and losses.index(min(losses)) == len(losses) - 3
+    before = tuner.progress.before
+    assert before is not None and tuner.progress.best == (losses.index(min(losses)) if min(losses) < before else -1)
+    assert tuner.item_losses(contrary.stopping)[0].mean() == pytest.approx(min(before, *losses), abs=1e-6)
+
+
+def test_a_run_in_which_no_round_helps_leaves_the_cut_as_it_was(tmp_path: Path) -> None:
+    """A trained model that lost 4 of 64 experts, and steps that wreck it."""
+    whole, ckpt = resolve_model("leap-tiny"), tmp_path / "cut"
+    cut(whole, plan_for(whole, lambda layer: range(60)), ckpt)
+    items = load_task("toy-gsm").items("train", 60)
+    data = TuneData(items[:30], DATA.tests, items[30:40], items[40:])
+    config = replace(SMALL, learning_rate=1.0)
+    with pytest.raises(Killed):
+        Tuner(ckpt, data, config, tmp_path / "state").run(killing(4))
+    tuner = Tuner(ckpt, data, config, tmp_path / "state")
+    tuner.run()
+    report = report_of(tuner, keep_router(tuner))
+    fresh = Tuner(ckpt, data, config)
+    untouched = float(fresh.item_losses(data.stopping)[0].mean())
+    assert min(row["validation_loss"] for row in report["curve"]) > untouched + 1.0
+    assert all(torch.equal(p, fresh.tuned[name]) for name, p in tuner.tuned.items())
+    assert (report["best_round"], report["router"]["kept"]) == (0, False)
+    # What it says of the cut is measured on the cut, also by a run that was taken up again.
+    assert report["validation_loss_before"] == pytest.approx(untouched, abs=1e-6)
 
 
 @pytest.mark.parametrize(("experts", "constant"), [("lora", 0.768), ("full", 0.384)])
@@ -165,7 +194,7 @@ def test_the_default_rate_falls_with_the_width_and_is_reported(small_cut: Path, 
     tuner = Tuner(small_cut, DATA, replace(SMALL, learning_rate=None, experts=experts))
     rate = constant / tuner.base.config.hidden_size
     assert tuner.config.learning_rate == rate
-    assert report_of(tuner, None, 1.0, task="t")["config"]["learning_rate"] == rate
+    assert report_of(tuner, None, task="t")["config"]["learning_rate"] == rate
 
 
 def gradients(folder: Path, **settings: Any) -> dict[str, torch.Tensor]:
@@ -300,7 +329,7 @@ def test_an_uneven_cut_is_tuned_and_its_export_answers_as_was_measured(
     assert losses.mean() < before - 0.3
     assert changed(tuner, tmp_path / "cut") == {"router", "experts"}
     assert [len(rows["weight"]) for rows in tuner.agent.router_head().values()] == plan.counts
-    report = report_of(tuner, {"kept": True}, float(before))
+    report = report_of(tuner, {"kept": True})
     write_tuned(tuner, tmp_path / "cut", report)
     export(tmp_path / "cut", tmp_path / "plain")
     plain = Tuner(tmp_path / "plain", DATA, config)
@@ -320,7 +349,7 @@ def test_settings_that_cannot_run_are_all_named() -> None:
 
 
 def test_the_report_names_labels_curve_and_origin(whole: Tuner) -> None:
-    report = report_of(whole, None, 1.0, task="toy")
+    report = report_of(whole, None, task="toy")
     assert report["labels"] == 24 and [row["labels"] for row in report["curve"]] == [12, 24]
     assert report["made_by"]["task"] == "toy" and len(report["fingerprint"]) == 64
 

@@ -46,7 +46,8 @@ class Progress:
         tick: router warm-up steps and expert steps done.
         losses, rewards: training losses and PPO metrics since the round began.
         curve: a row per round.
-        best: row number of the lowest validation loss, or −1.
+        before: validation loss of the cut itself, in nats.
+        best: row number of the lowest validation loss; −1, the cut itself, where no round was better.
         stopped: whether early stopping has ended the run.
     """
 
@@ -54,6 +55,7 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     rewards: list[dict[str, float]] = field(default_factory=list)
     curve: list[dict[str, Any]] = field(default_factory=list)
+    before: float | None = None
     best: int = -1
     stopped: bool = False
 
@@ -117,8 +119,11 @@ class Tuner:
         return self.config.router_warmup if self.config.rl_router else 0
 
     def run(self, report: Report | None = None) -> None:
-        """Tune to the end, or until early stopping, and leave the best round's weights in the model."""
+        """Tune to the end, or until early stopping, and leave the best round's weights in the model, or the cut's own."""
         progress = self.progress
+        if progress.before is None:
+            progress.before = float(self.item_losses(self.data.stopping)[0].mean())
+            self._remember()
         while progress.tick < self.total and not progress.stopped:
             self._tick(report)
             progress.tick += 1
@@ -269,11 +274,17 @@ class Tuner:
             row["router"] = {key: float(np.mean([m[key] for m in progress.rewards])) for key in progress.rewards[0]}
         progress.curve.append(row)
         progress.losses, progress.rewards = [], []
-        if progress.best < 0 or row["validation_loss"] < progress.curve[progress.best]["validation_loss"]:
-            progress.best = len(progress.curve) - 1
-            self.best = {name: p.detach().clone() for name, p in self.tuned.items()}
-        waited = len(progress.curve) - 1 - progress.best
-        progress.stopped = 0 < self.config.patience <= waited
+        rounds = [one["validation_loss"] for one in progress.curve]
+        lowest, last = rounds.index(min(rounds)), len(rounds) - 1
+        assert progress.before is not None
+        if lowest == last and rounds[last] < progress.before:
+            progress.best = last
+            self._remember()
+        # Counted from the best round, not from the cut: first steps may lose what later ones win back.
+        progress.stopped = 0 < self.config.patience <= last - lowest
+
+    def _remember(self) -> None:
+        self.best = {name: p.detach().clone() for name, p in self.tuned.items()}
 
     def _experts(self) -> dict[str, torch.Tensor]:
         """Name → parameter of what expert steps train, besides routers."""

@@ -72,12 +72,12 @@ def keep_router(tuner: Tuner) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def report_of(tuner: Tuner, router: Mapping[str, Any] | None, before: float, **more: Any) -> dict[str, Any]:
+def report_of(tuner: Tuner, router: Mapping[str, Any] | None, **more: Any) -> dict[str, Any]:
     """The content of tune.json: settings, labels, the curve, the router's test, and where it came from."""
     progress = tuner.progress
     return {
         "config": asdict(tuner.config), "labels": len(tuner.pool.labelled), "pool": len(tuner.pool),
-        "data_sha256": tuner.data.sha256, "validation_loss_before": before, "curve": progress.curve,
+        "data_sha256": tuner.data.sha256, "validation_loss_before": progress.before, "curve": progress.curve,
         "best_round": progress.best + 1, "stopped_early": progress.stopped, "router": router,
         "fingerprint": tuner.checkpoint.plan.fingerprint if tuner.checkpoint.plan else None,
         "processes": tuner.accelerator.num_processes,
