@@ -35,6 +35,8 @@ class Family:
         width_key: config key of the routed experts' intermediate size.
         shares_width: config key of the shared experts, where their size hangs on ``width_key`` as well: such a
             family's routed experts cannot be made narrower alone. "" where there always are some.
+        renormalises: whether the weights of chosen experts are made to sum to 1, where transformers' router has no setting
+            norm_topk_prob that says so.
         fused_halves: a layer's experts lie as ``gate_up_proj`` [E, H, 2·I], gate before up, and ``down_proj`` [E, I, H].
     """
 
@@ -51,11 +53,16 @@ class Family:
     width_key: str = "moe_intermediate_size"
     shares_width: str | None = None
     fused_halves: bool = False
+    renormalises: bool = True
 
     @property
     def leap_architecture(self) -> str:
         """The architecture name of checkpoints that a stock engine must refuse."""
         return f"Leap{self.architecture}"
+
+    def sums_to_one(self, router: Any) -> bool:
+        """Whether a transformers router makes the weights of chosen experts sum to 1."""
+        return bool(getattr(router, "norm_topk_prob", self.renormalises))
 
 
 _V = "vllm.model_executor.models"
@@ -66,10 +73,10 @@ FAMILIES: tuple[Family, ...] = (
     Family("olmoe", "OlmoeForCausalLM", "mlp", "gate", "num_experts", "num_experts_per_tok", "softmax", f"{_V}.olmoe:OlmoeForCausalLM", width_key="intermediate_size"),
     Family("gpt_oss", "GptOssForCausalLM", "mlp", "router", "num_local_experts", "num_experts_per_tok", "topk-softmax", f"{_V}.gpt_oss:GptOssForCausalLM", width_key="intermediate_size"),
     Family("llama4_text", "Llama4ForCausalLM", "feed_forward", "router", "num_local_experts", "num_experts_per_tok", "sigmoid", f"{_V}.llama4:Llama4ForCausalLM", weight_on_input=True, width_key="intermediate_size", shares_width="", fused_halves=True),
-    Family("glm4_moe", "Glm4MoeForCausalLM", "mlp", "gate", "n_routed_experts", "num_experts_per_tok", "sigmoid-bias", f"{_V}.glm4_moe:Glm4MoeForCausalLM", group_keys=("n_group", "topk_group"), shares_width="n_shared_experts"),
+    Family("glm4_moe", "Glm4MoeForCausalLM", "mlp", "gate", "n_routed_experts", "num_experts_per_tok", "sigmoid-bias", f"{_V}.glm4_moe:Glm4MoeForCausalLM", group_keys=("n_group", "topk_group"), shares_width="n_shared_experts", renormalises=False),
     Family("deepseek_v3", "DeepseekV3ForCausalLM", "mlp", "gate", "n_routed_experts", "num_experts_per_tok", "sigmoid-bias", None, group_keys=("n_group", "topk_group"), shares_width="n_shared_experts"),
     Family("kimi_k2", "DeepseekV3ForCausalLM", "mlp", "gate", "n_routed_experts", "num_experts_per_tok", "sigmoid-bias", None, group_keys=("n_group", "topk_group"), shares_width="n_shared_experts"),
-    Family("deepseek_v2", "DeepseekV2ForCausalLM", "mlp", "gate", "n_routed_experts", "num_experts_per_tok", "softmax", None, group_keys=("n_group", "topk_group"), shares_width="n_shared_experts"),
+    Family("deepseek_v2", "DeepseekV2ForCausalLM", "mlp", "gate", "n_routed_experts", "num_experts_per_tok", "softmax", None, group_keys=("n_group", "topk_group"), shares_width="n_shared_experts", renormalises=False),
     Family("minicpm", "MiniCPMForCausalLM", "mlp", "gate", "num_experts", "num_experts_per_tok", "softmax", None, width_key="intermediate_size"),
 )  # fmt: skip
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from leap_training.tune_config import TuneConfig, TuneData
 
 CODE = ("humaneval", "mbpp")
+FEWEST = 20
+"""Held-out items below which the router's test can hardly be won: five that all are better are the least there is."""
 BASELINES: dict[str, Literal["none", "logits", "experts"]] = {
     "vanilla": "none", "full": "none", "kd": "logits", "kd-experts": "experts",
 }  # fmt: skip
@@ -99,6 +101,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Tune, keep the tuned router only if it earns it, and write what lies beside the weights."""
     source = _source(args)
     from leap_training.tune_result import write_plain, write_tuned
+    from leap_training.tune_state import remove_state
 
     tuner = _tuner(args, source)
     state = tuner.state
@@ -116,7 +119,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 if args.out:
                     shutil.copytree(source, work, dirs_exist_ok=True)
                 write_tuned(tuner, work, report)
-        shutil.rmtree(state, ignore_errors=True)
+        remove_state(state)
         _show(args, report)
     return {
         "out": str(out), "labels": report["labels"], "curve": report["curve"], "router": report["router"],
@@ -155,6 +158,9 @@ def _show(args: argparse.Namespace, report: dict[str, Any]) -> None:
             f"router, {router['items']} other items: loss {router['sliced_loss']:.4f} sliced, "
             f"{router['tuned_loss']:.4f} tuned, p = {router['p_value']:.4f}: {verdict}"
         )
+        if not router["kept"]:
+            loss = f"validation loss {router['shipped_loss']:.4f} with it"
+            say(loss if router["adapters_kept"] else f"{loss}, more than the cut's: the adapters were emptied, too")
 
 
 def _source(args: argparse.Namespace) -> Path:
@@ -220,6 +226,11 @@ def _tuner(args: argparse.Namespace, source: Path) -> Tuner:
     config, data = _config(args, source), _data(args)
     if args.max_length is not None:
         data = _shorter(data, source, args.max_length)
+    if len(data.router) < FEWEST:
+        say(
+            f"only {len(data.router)} items judge whether the tuned router stays, and {len(data.stopping)} when to stop: "
+            f"with fewer than {FEWEST} it goes unless it is better on nearly all of them; hold more out"
+        )
     state = args.state or source.parent / f"{source.name}.tune"
     return Tuner(source, data, config, state)
 
@@ -294,6 +305,10 @@ def _data(args: argparse.Namespace) -> TuneData:
         say(f"{len(items) - len(pool)} of {len(items)} train items are validation items, too: left out")
     if not pool:
         raise UsageError(args.task, "has no train item that is not one of validation", "correct its splits")
+    for name, part in (("stopping", stopping), ("router", router)):
+        if not part:
+            what = f"has no validation item for {name}, one of three parts that its validation items are dealt to"
+            raise UsageError(args.task, what, "give it more of them")
     return TuneData(pool, tests, stopping, router)
 
 

@@ -46,7 +46,7 @@ class MaskedRouter:
             # Softmax over all that are retained; renormalised it equals the softmax over the chosen (GPT-OSS).
             weights = masked.softmax(-1).gather(1, ids)
         weights = weights.masked_fill(surplus, 0.0)
-        if getattr(router, "norm_topk_prob", True):
+        if self.family.sums_to_one(router):
             weights = weights / weights.sum(-1, keepdim=True)
         weights = weights * getattr(router, "routed_scaling_factor", 1.0)
         return output[0], weights.to(output[1].dtype), ids

@@ -239,10 +239,15 @@ def tuning_name(config: Mapping[str, Any], made: Mapping[str, Any]) -> str:
         for off, text in (
             (not config["rl_router"], "no RL router"),
             (config["acquisition"]["strategy"] == "random", "random batches"),
+            (not config["supervised_router"], "no supervised router"),
             (config["experts"] == "none", "no LoRA"),
+            (config["distill"] != "none", "with a teacher"),
         )
         if off
     ]
+    chosen = config["acquisition"]
+    if chosen["strategy"] != "random" and (chosen["uncertainty"], chosen["diversity"]) != ("answer", "k-means++"):
+        left_out.append(f"labels by {chosen['uncertainty']} and {chosen['diversity']}")
     return ", ".join(left_out) or "agent"
 
 

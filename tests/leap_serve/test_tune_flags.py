@@ -18,6 +18,7 @@ from leap_serve.tasks.base import Item
 from leap_serve.workload import Workload
 from leap_training.latency import LatencyModel
 from leap_training.tune_config import TuneData
+from leap_training.tune_state import STATE, remove_state
 from tiny_tokenizer import talking_copy
 
 
@@ -116,6 +117,36 @@ def test_what_cannot_be_tuned_is_refused_before_anything_is_loaded(small_cut: Pa
         for number in ("0", "-3"):
             assert "give 1 or more" in refused(flag, number)
     assert not (tmp_path / "kd").exists()
+
+
+def test_a_state_folder_of_the_users_own_keeps_what_else_is_in_it(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    for name in (STATE, "latency.json"):
+        (tmp_path / "own" / name).write_text("x")
+    remove_state(tmp_path / "own")
+    assert [one.name for one in (tmp_path / "own").iterdir()] == ["latency.json"]
+    (tmp_path / "own" / "latency.json").rename(tmp_path / "own" / STATE)
+    remove_state(tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+
+
+def test_few_held_out_items_are_said_and_none_refused(
+    small_cut: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def task(validation: int) -> list[str]:
+        for name, numbers in (("train", range(100, 140)), ("validation", range(validation))):
+            lines = "".join(f'{{"q": "{n}", "a": "{n}"}}\n' for n in numbers)
+            (tmp_path / f"{name}.jsonl").write_text(lines)
+        file = tmp_path / "task.yaml"
+        file.write_text(
+            "prompt: '{q}'\nanswer: a\nmetric: exact match\nsplits: {train: train.jsonl, validation: validation.jsonl}\n"
+        )
+        return ["--task", str(file)]
+
+    with pytest.raises(UsageError, match="one of three parts"):
+        tune._data(parsed(small_cut, *task(1)))
+    tune._tuner(parsed(small_cut, *task(24)), small_cut)
+    assert "judge whether the tuned router stays" in "".join(capsys.readouterr())
 
 
 def test_items_of_the_validation_split_are_left_out_of_the_pool(

@@ -91,6 +91,27 @@ def opened(folder: Path, **settings: Any) -> tuple[Any, RoutingAgent]:
     return model, RoutingAgent(model, family, Exploration(**settings))
 
 
+def test_routing_is_the_models_own_where_weights_do_not_sum_to_one_and_no_setting_says_so() -> None:
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    torch.manual_seed(0)
+    config = DeepseekV2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2, n_group=1,
+        num_attention_heads=2, num_key_value_heads=2, kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8,
+        v_head_dim=8, n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=0,
+        topk_method="greedy", topk_group=1, head_dim=8,
+    )  # fmt: skip
+    model = DeepseekV2ForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("gate.weight"):
+            torch.nn.init.normal_(parameter)
+    ids = torch.randint(0, 64, (2, 9))
+    with torch.no_grad():
+        before = model(ids).logits
+        RoutingAgent(model, family_of({"model_type": "deepseek_v2"}, Path("x")))
+        torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_deterministic_routing_is_the_models_own(family: str, family_checkpoint: Callable[[str], Path]) -> None:
     batch = a_batch()

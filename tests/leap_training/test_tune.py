@@ -290,6 +290,7 @@ def test_a_router_that_does_not_help_goes_and_one_that_does_stays(small_cut: Pat
                 head.sliced_weight.copy_(sliced_router * weight)
         found = keep_router(tuner)
         assert found["items"] == len(DATA.router)
+        assert (found["shipped_loss"] is None) == found["kept"]
         assert all(
             torch.equal(head.weight, (1.0 if found["kept"] else sliced_router) * weight)
             for head, weight in zip(tuner.agent.heads, own, strict=True)
@@ -299,6 +300,11 @@ def test_a_router_that_does_not_help_goes_and_one_that_does_stays(small_cut: Pat
     assert judged(1.0, -1.0)
     assert not judged(-1.0, 1.0)
     assert not judged(1.0, 1.0)
+    # Adapters that are worse than nothing without their router go with it.
+    empty = [p for name, p in tuner.experts.items() if ".lora_B" in name and not p.any()]
+    tuner.progress.before = 0.0
+    assert not empty and not judged(1.0, 1.0)
+    assert not any(p.any() for name, p in tuner.experts.items() if ".lora_B" in name)
 
 
 def test_a_bf16_model_is_tuned_through_fp32_adapters_and_routers(small_cut: Path) -> None:

@@ -196,7 +196,7 @@ class GatedRouter:
         gated = self.mask * affinity
         # Rivals that are retained are among the kept already.
         weights = torch.cat([gated.gather(1, kept), gated.gather(1, rivals).masked_fill(hard[rivals], 0.0)], -1)
-        if getattr(router, "norm_topk_prob", True):
+        if self.family.sums_to_one(router):
             weights = weights / weights.sum(-1, keepdim=True)
         elif not biased:
             weights = weights / gated.sum(-1, keepdim=True)

@@ -93,7 +93,7 @@ class RouterHead(nn.Module):
 
     def __init__(self, router: Any, family: Family, agent: RoutingAgent) -> None:
         super().__init__()
-        self.kind = family.router_kind
+        self.kind, self.renormalises = family.router_kind, family.sums_to_one(router)
         self.top_k = int(router.top_k)
         self.temperature = float(getattr(router, "temperature", 1.0))
         bias = getattr(router, "bias", None)
@@ -127,7 +127,7 @@ class RouterHead(nn.Module):
             return torch.zeros_like(z).scatter(1, ids, weights), z
         weights = (z.float().sigmoid() if self.kind == "sigmoid-bias" else z.float().softmax(-1)).gather(1, ids)
         # GPT-OSS takes the softmax over the chosen, which is the renormalised softmax.
-        if getattr(self.router, "norm_topk_prob", True):
+        if self.renormalises:
             weights = weights / weights.sum(-1, keepdim=True)
         return z, (weights * getattr(self.router, "routed_scaling_factor", 1.0)).to(output[1].dtype), ids
 
@@ -183,7 +183,7 @@ class RoutingAgent(nn.Module):
             raise UnsupportedError(type(model).__name__, "has no router that can be tuned", "load a MoE model")
         first = next(iter(routers.values()))
         if getattr(first, "num_group", None) not in (None, 1):
-            raise UnsupportedError(type(model).__name__, "routes in groups", "tune with --no-rl-router")
+            raise UnsupportedError(type(model).__name__, "routes in groups", "tune a model whose routers do not")
         self.layers = sorted(routers)
         self.heads = nn.ModuleList(RouterHead(routers[layer], family, self) for layer in self.layers)
         # V(h) of each layer, linear in the router's input.

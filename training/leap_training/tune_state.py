@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,13 @@ def read_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] |
             return {name: handle.get_tensor(name) for name in handle.keys()}, facts  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(path, f"is no state of leap tune ({error})", "remove it to start anew") from None
+
+
+def remove_state(folder: Path) -> None:
+    """Remove what :func:`write_state` wrote, and the folder if that was all in it: it may be one of the user's own."""
+    (folder / STATE).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -239,7 +239,7 @@ class Eep:
 
 def renormalises(model: BlockModel) -> bool:
     """Whether the model makes the weights of the chosen experts sum to 1."""
-    return all(bool(getattr(layer.router, "norm_topk_prob", True)) for layer in model.layers.values())
+    return all(model.family.sums_to_one(layer.router) for layer in model.layers.values())
 
 
 def plan_of(best: Candidate, space: PruningSpace, renormalises: bool, **provenance: Any) -> Plan:

@@ -51,8 +51,7 @@ def merged_experts(model: BlockModel, layers: Mapping[int, Maps]) -> Iterator[No
         for index, maps in layers.items():
             layer = model.layers[index]
             router, experts = layer.router, layer.block.experts
-            # GPT-OSS and Mixtral have no such setting: they always renormalise.
-            renormalise = bool(getattr(router, "norm_topk_prob", True))
+            renormalise = model.family.sums_to_one(router)
 
             def choose(
                 _router: Any, _args: Any, output: tuple[torch.Tensor, ...], maps: Maps = maps, own: bool = renormalise
