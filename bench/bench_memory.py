@@ -4,9 +4,10 @@
     python bench/bench_memory.py --items 64 --methods naee hc-smoe
 
 Layer-wise methods run one MoE layer at a time: inputs of all layers lie on disk, and what is in memory beside the model is
-one layer's. Each command runs in a process of its own; the kernel says what that process held at most (ru_maxrss). The
-first row, «load», only imports transformers and loads the same model in the same dtype: what a method adds is its peak
-less that one's. One row per method in bench/results/memory.jsonl; a row that is there is not made again.
+one layer's. Each command runs in a process of its own; the kernel says what that process held at most (ru_maxrss; a child
+inherits its parent's, so the model is made in another process). The first row, «load», only imports transformers and loads
+the same model in the same dtype, and says as well what it holds once that is done: loading itself needs more, and what a
+method holds while it works shows only beyond that. One row per method in bench/results/memory.jsonl; a row that is there is not made again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,11 @@ RESULTS = Path(__file__).parent / "results" / "memory.jsonl"
 TASK = "toy-gsm"
 FROM_PROFILE = ("moe-pruner", "intra")
 METHODS = ("load", "magnitude", "lexi", "naee", "naee-progressive", "hc-smoe", "moe-i2", "profile", *FROM_PROFILE)
-LOAD = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype='float32')"
+LOAD = """
+import re, sys, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="float32")
+print("resident", re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
+"""
 
 
 def commands(method: str, model: Path, home: Path, args: argparse.Namespace) -> list[str]:
@@ -62,26 +68,36 @@ def commands(method: str, model: Path, home: Path, args: argparse.Namespace) -> 
     ]
 
 
-def peak(command: Sequence[str]) -> tuple[int, float]:
-    """Run a command; the bytes that it held at most, and its seconds."""
+def peak(command: Sequence[str]) -> tuple[int, float, str]:
+    """Run a command; the bytes that it held at most, its seconds, and what it printed."""
     began = time.monotonic()
     with tempfile.TemporaryFile() as log:
         pid = os.posix_spawn(command[0], command, os.environ, file_actions=[
             (os.POSIX_SPAWN_DUP2, log.fileno(), 1), (os.POSIX_SPAWN_DUP2, log.fileno(), 2)
         ])  # fmt: skip
         _, status, used = os.wait4(pid, 0)
+        log.seek(0)
+        printed = log.read().decode(errors="replace")
         if status:
-            log.seek(0)
-            raise SystemExit(f"{' '.join(command)}: status {status}\n{log.read().decode(errors='replace')[-2000:]}")
-    return used.ru_maxrss * 1024, time.monotonic() - began
+            raise SystemExit(f"{' '.join(command)}: status {status}\n{printed[-2000:]}")
+    return used.ru_maxrss * 1024, time.monotonic() - began, printed
 
 
 def made(folder: Path, args: argparse.Namespace) -> Path:
-    """The random model, with leap-tiny's tokenizer."""
+    """The random model, with leap-tiny's tokenizer; made by a process of its own."""
+    maker = get_context("spawn").Process(target=make, args=(folder, args))
+    maker.start()
+    maker.join()
+    if maker.exitcode:
+        raise SystemExit(f"the model was not made: exit status {maker.exitcode}")
+    return folder
+
+
+def make(folder: Path, args: argparse.Namespace) -> None:
+    """Write the model."""
     model = make_model(folder, args.hidden, args.intermediate, args.experts, args.layers, dtype="float32")
     for file in resolve_model("leap-tiny").glob("tokenizer*"):
         shutil.copy(file, model)
-    return model
 
 
 def measure(args: argparse.Namespace, missing: Sequence[str]) -> None:
@@ -92,10 +108,12 @@ def measure(args: argparse.Namespace, missing: Sequence[str]) -> None:
         if any(method in FROM_PROFILE for method in missing) and "profile" not in missing:
             peak(commands("profile", model, Path(home), args))
         for method in missing:
-            held, seconds = peak(commands(method, model, Path(home), args))
+            held, seconds, printed = peak(commands(method, model, Path(home), args))
             row = {"bench": "memory", "method": method, "peak_bytes": held, "model_bytes": size, "seconds": round(seconds, 1),
                    "items": args.items, "layers": args.layers, "experts": args.experts, "hidden": args.hidden,
                    "intermediate": args.intermediate, "dtype": "float32"}  # fmt: skip
+            if method == "load":
+                row["resident_bytes"] = 1024 * int(printed.split("resident ")[1])
             append_jsonl(args.results, stamped(row))
             say(f"{method}: {held / 2**30:.2f} GiB at most, model {size / 2**30:.2f} GiB, {seconds:.0f} s")
 

@@ -73,7 +73,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("olmoe", "OlmoeForCausalLM", "mlp", "gate", "num_experts", "num_experts_per_tok", "softmax", f"{_V}.olmoe:OlmoeForCausalLM", width_key="intermediate_size"),
     Family("gpt_oss", "GptOssForCausalLM", "mlp", "router", "num_local_experts", "num_experts_per_tok", "topk-softmax", f"{_V}.gpt_oss:GptOssForCausalLM", width_key="intermediate_size"),
     Family("llama4_text", "Llama4ForCausalLM", "feed_forward", "router", "num_local_experts", "num_experts_per_tok", "sigmoid", f"{_V}.llama4:Llama4ForCausalLM", weight_on_input=True, width_key="intermediate_size", shares_width="", fused_halves=True),
-    Family("glm4_moe", "Glm4MoeForCausalLM", "mlp", "gate", "n_routed_experts", "num_experts_per_tok", "sigmoid-bias", f"{_V}.glm4_moe:Glm4MoeForCausalLM", group_keys=("n_group", "topk_group"), shares_width="n_shared_experts", renormalises=False),
+    Family("glm4_moe", "Glm4MoeForCausalLM", "mlp", "gate", "n_routed_experts", "num_experts_per_tok", "sigmoid-bias", f"{_V}.glm4_moe:Glm4MoeForCausalLM", group_keys=("n_group", "topk_group"), shares_width="n_shared_experts"),
     Family("deepseek_v3", "DeepseekV3ForCausalLM", "mlp", "gate", "n_routed_experts", "num_experts_per_tok", "sigmoid-bias", None, group_keys=("n_group", "topk_group"), shares_width="n_shared_experts"),
     Family("kimi_k2", "DeepseekV3ForCausalLM", "mlp", "gate", "n_routed_experts", "num_experts_per_tok", "sigmoid-bias", None, group_keys=("n_group", "topk_group"), shares_width="n_shared_experts"),
     Family("deepseek_v2", "DeepseekV2ForCausalLM", "mlp", "gate", "n_routed_experts", "num_experts_per_tok", "softmax", None, group_keys=("n_group", "topk_group"), shares_width="n_shared_experts", renormalises=False),

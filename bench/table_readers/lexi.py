@@ -88,20 +88,24 @@ def skipping(rows: Rows) -> Table:
 
 
 def memory(rows: Rows) -> Table:
-    """Peak memory of methods beside the model, bench_memory.py."""
+    """Peak memory of methods and of loading the model, bench_memory.py."""
     found = rows.find("memory")
     loaded = {row["model_bytes"]: row["peak_bytes"] for row in found if row["method"] == "load"}
+    held = "".join(
+        f", which holds {_gib(row['resident_bytes'])} GiB once it is loaded" for row in found if "resident_bytes" in row
+    )
     body = [
         [row["method"], str(row["items"]), _gib(row["model_bytes"]), _gib(row["peak_bytes"]),
          _gib(row["peak_bytes"] - loaded[row["model_bytes"]]) if row["model_bytes"] in loaded else EMPTY]
         for row in found
     ]  # fmt: skip
     return Table(
-        "Memory: what a method holds beside the model",
+        "Memory: peaks of methods, and of loading the model alone",
         "Peak resident set of `leap search` (and of `leap profile --channels`, which moe-pruner and intra need) in a process "
-        "of its own, float32 on a CPU, on a random model of 16 MoE layers; «load» is transformers with that model alone. "
-        "Inputs of all layers lie on disk; in memory is one layer's.",
-        ["method", "calibration items", "model, GiB", "peak, GiB", "beside loading it, GiB"], body,
+        "of its own, float32 on a CPU, on a random model of 16 MoE layers; «load» is transformers with that model alone"
+        f"{held}. What a method holds while it works shows only beyond loading's own peak. Inputs of all layers lie on disk; in "
+        "memory is one layer's.",
+        ["method", "calibration items", "model, GiB", "peak, GiB", "beyond loading's, GiB"], body,
         [] if body else ["Empty: no row of bench memory."],
     )  # fmt: skip
 
