@@ -115,7 +115,8 @@ def _methods(rows: Rows, model: str, claims: dict[str, list[str]]) -> tuple[list
     full = [over_seeds(rows.full(task, model)) for task in TASKS]
     body, notes = [["full model", "none needed", *full, "1.00", "1.00", "1.00", *claims["full-model"]]], []
     seen = [row["method"] for bench in ("search-methods", "methods", "tune") for row in rows.find(bench, model=model)
-            if row["experts"] == 8 and row.get("allocation", "uniform") == "uniform" and row["method"] != "untuned"]  # fmt: skip
+            if row["experts"] == 8 and row.get("allocation", "uniform") == "uniform" and row["method"] != "untuned"
+            and row.get("labels", MOST_LABELS) == MOST_LABELS]  # fmt: skip
     for method in dict.fromkeys([*seen, *(name for name in claims if name != "full-model")]):
         found = rows.find("methods", model=model, experts=8, method=method)
         own = [

@@ -27,7 +27,7 @@ CLAIMS: dict[str, dict[str, Any]] = json.loads(
 """What the papers print; shown only in columns named «paper's claim»."""
 NAMES = {
     "full-model": "full model", "leap": "LEAP (agent)", "reap": "REAP", "frequency": "frequency", "magnitude": "magnitude",
-    "answer-doubt": "LEAP, labels by doubt of the answer", "teacher": "the same, the full model as teacher",
+    "answer-doubt": "LEAP, labels by doubt of the answer", "teacher": "LEAP, doubt of the answer, with a teacher",
     "vanilla": "vanilla fine-tuning (frequency)", "full": "full fine-tuning of the retained", "kd": "logit KD",
     "kd-experts": "expert-wise KD", "no-rl-router": "without RL router", "no-active-learning": "without active learning",
     "no-lora": "without LoRA", "no-agent": "without the agent (REAP's plan)", "untuned": "LEAP (agent), untuned",
