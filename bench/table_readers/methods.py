@@ -9,6 +9,7 @@ from table_readers.rows import (
     CLAIMS,
     EMPTY,
     LLAMA4,
+    MOST_LABELS,
     NAMES,
     QUALITY,
     SHORT,
