@@ -335,7 +335,7 @@ def _shorter(data: TuneData, folder: Path, longest: int) -> TuneData:
 
 
 def _from_file(args: argparse.Namespace) -> TuneData:
-    """5 % of the user's items are held out; which ones follows from their text."""
+    """5 % of the user's items are held out, the rest is cut to --pool; which ones follows from their text, not their order."""
     from leap_training.tune_config import TuneData
 
     items = list({fingerprint(item): item for item in items_from_file(args.data)}.values())
@@ -344,4 +344,4 @@ def _from_file(args: argparse.Namespace) -> TuneData:
     pool = [item for item in items if fingerprint(item) not in names]
     if not pool:
         raise UsageError(args.data, f"holds {len(items)} different items", "give at least 3")
-    return TuneData(pool[: args.pool], [], held[0::2], held[1::2])
+    return TuneData(sorted(pool, key=fingerprint)[: args.pool], [], held[0::2], held[1::2])

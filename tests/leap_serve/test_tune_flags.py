@@ -149,6 +149,18 @@ def test_few_held_out_items_are_said_and_none_refused(
     assert "judge whether the tuned router stays" in "".join(capsys.readouterr())
 
 
+def test_a_pool_smaller_than_the_file_is_not_its_beginning(small_cut: Path, tmp_path: Path) -> None:
+    """A file sorted by length or by date is no sample from its first lines."""
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(f'{{"prompt": "{n}", "answer": "x"}}\n' for n in range(400)))
+    args = parsed(small_cut, "--pool", "100", "--data", str(file))
+    args.task = None
+    data = tune._data(args)
+    numbers = [int(item.prompt) for item in data.pool]
+    assert len(numbers) == 100 and 150 < sum(numbers) / 100 < 250
+    assert not {item.prompt for item in (*data.stopping, *data.router)} & {item.prompt for item in data.pool}
+
+
 def test_items_of_the_validation_split_are_left_out_of_the_pool(
     small_cut: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
