@@ -55,14 +55,15 @@ def labels_needed(rows: Rows) -> Table:
     """LEAP's table 6: labels until a share of the full model's score is reached, random against active learning."""
     full = statistics.median(rows.full(HARD[0]) or [math.nan])
     body = []
-    for text, claim in CLAIMS["leap_6"].items():
+    # The last level is ours.
+    for text, claim in {**CLAIMS["leap_6"], "0.99": [EMPTY] * 2}.items():
         share = float(text)
         needed = [_labels(rows, method, share * full) for method in CHOICES]
         body.append([f"{100 * share:.1f} % ({100 * share * full:.1f})", *needed, *claim])
     return Table(
         "LEAP, table 6: labels needed for a share of the full model's score",
         f"leap-tiny, {HARD[0]}, {HARD[1]} of 64 experts, 400 steps however many labels; interpolated in the logarithm of the "
-        "labels between the mean scores over seeds.",
+        "labels between the mean scores of the seeds that have every number of labels.",
         ["share of the full score (score in %)", "random batches", "active, eq. 15-17", "active, doubt of the answer",
          *claimed(["random", "active learning"])],
         body,
@@ -88,13 +89,18 @@ def curve(rows: Rows) -> Table:
 
 
 def _labels(rows: Rows, method: str, level: float) -> str:
-    """The labels at which the mean score reaches a level; otherwise the best score there is."""
-    found: dict[int, list[float]] = {}
+    """The labels at which the mean score reaches a level, of the seeds that have all numbers of labels; otherwise the best
+    score there is."""
+    found: dict[int, dict[int, float]] = {}
     for row in rows.find("tune", task=HARD[0], experts=HARD[1], method=method):
-        found.setdefault(row["labels"], []).append(row["score"])
-    least = min(map(len, found.values()), default=0)
-    seeds = f"{least} seed{'s' if least > 1 else ''}"
-    means = [(labels, statistics.fmean(scores)) for labels, scores in sorted(found.items())]
+        found.setdefault(row["labels"], {})[row["seed"]] = row["score"]
+    common = sorted(set.intersection(*map(set, found.values()))) if found else []
+    seeds = f"{len(common)} seed{'s' if len(common) > 1 else ''}"
+    means = [
+        (labels, statistics.fmean(scores[seed] for seed in common))
+        for labels, scores in sorted(found.items())
+        if common
+    ]
     before: tuple[int, float] | None = None
     for labels, mean in means:
         if mean >= level:
