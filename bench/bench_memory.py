@@ -6,8 +6,8 @@
 Layer-wise methods run one MoE layer at a time: inputs of all layers lie on disk, and what is in memory beside the model is
 one layer's. Each command runs in a process of its own; the kernel says what that process held at most (ru_maxrss; a child
 inherits its parent's, so the model is made in another process). The first row, «load», only imports transformers and loads
-the same model in the same dtype, and says as well what it holds once that is done: loading itself needs more, and what a
-method holds while it works shows only beyond that. One row per method in bench/results/memory.jsonl; a row that is there is not made again.
+the same model in the same dtype, and says as well what it holds once that is done: what a method holds while it works shows
+only beyond loading's own peak. One row per method in bench/results/memory.jsonl; a row that is there is not made again.
 """
 
 from __future__ import annotations

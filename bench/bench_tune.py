@@ -11,8 +11,8 @@
 
 Every run takes 400 expert steps of 32 items, labelled in 10 rounds, at most 10,240 of them (the paper's 10 × 1,024;
 those in 5 rounds, since each scores most of the pool): fixed before the first run. "leap" chooses them by the paper's
-eq. 15-17, "answer-doubt" as `leap tune` does unless it is told otherwise, "teacher" as `leap tune --teacher` does. It starts from plans that
-bench/search_methods.py found (rows there; a seed's run takes that seed's plan), tunes, writes the checkpoint as `leap
+eq. 15-17, "answer-doubt" as `leap tune` does unless it is told otherwise, "teacher" as `leap tune --teacher`
+does. It starts from plans that bench/search_methods.py found (rows there; a seed's run takes that seed's plan), tunes, writes the checkpoint as `leap
 tune` does, and scores it on 1,024 test items in the vLLM engine, where the full model is scored, too.
 One row per (task, experts, method, labels, seed) in bench/results/tune.jsonl; a row that is there is not made again.
 """

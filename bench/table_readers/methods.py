@@ -38,7 +38,8 @@ def comparison(rows: Rows) -> Table:
         "expert's channels, LExI half of the active experts and all weights, MoE-I² 8 on average. Scores in % on test "
         f"items; FLOPs and weights over the full model's, TPOT at batch {BATCH} of bench_lexi.py's random model in "
         "which experts dominate (median of pairs and its 98 % interval). Scores stand on 128 or 256 test items, after `leap tune` "
-        "on 1,024. Criteria come from 256 profiled items; naee, moe-i2, hc-smoe and lexi calibrate on their default of 32. Plans of equal counts and top_k have the same FLOPs, weights and TPOT, whatever the paper's columns say.",
+        "on 1,024. Criteria come from 256 profiled items; naee, moe-i2, hc-smoe and lexi calibrate on their default of 32. "
+        "Plans of equal counts and top_k have the same FLOPs, weights and TPOT, whatever the paper's columns say.",
         ["method", "tuning", *TASKS, "FLOPs, share", "TPOT, share", "weights, share", *PAPER],
         body,
         [*notes, *reason(body, 8, "no row in search_methods.jsonl, methods.jsonl, lookahead.jsonl or tune.jsonl; TPOT of "
@@ -160,8 +161,8 @@ def _costs(rows: Rows, method: str, found: Sequence[Row], model: str) -> list[st
     """FLOPs, TPOT and weights over the full model's."""
     even = all(set(row["retained"]) == {8} for row in found if "retained" in row) and method not in ("hc-smoe", "eep")
     flops, weights = _shares(found)
-    if even and model == TINY:
-        flops, weights = (flops, weights) if found else sizes(8)
+    if even and model == TINY and not found:
+        flops, weights = sizes(8)
     # All three forms by one bench: ratios of bench_batch's larger model are no figures to set beside these.
     form, timed = ("inter", "87.5 %") if even else (method, {"intra": "87.5 %", "lexi": "50 %"}.get(method))
     ratios = [

@@ -76,8 +76,8 @@ def keep_router(tuner: Tuner) -> dict[str, Any]:
                 if ".lora_B" in name:
                     parameter.zero_()
     return {
-        "kept": kept, "shipped_loss": shipped, "adapters_kept": adapters, "items": len(items), "tuned_loss": float(tuned.mean()), "sliced_loss": float(sliced.mean()),
-        "gain": float(gain.mean()), "p_value": p,
+        "kept": kept, "shipped_loss": shipped, "adapters_kept": adapters, "items": len(items),
+        "tuned_loss": float(tuned.mean()), "sliced_loss": float(sliced.mean()), "gain": float(gain.mean()), "p_value": p,
     }  # fmt: skip
 
 
