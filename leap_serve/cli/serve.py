@@ -11,7 +11,9 @@ from leap_serve.checkpoint import Checkpoint, check_cut, check_experts, resolve_
 from leap_serve.errors import UsageError
 from leap_serve.server.app import ServeOptions, SharedModel, describe, serve
 from leap_serve.server.specialists import MAX_SPECIALISTS, Base, parse_flag, read_specialist, read_state
-from leap_serve.weights.overlays import check_overlays
+from leap_serve.server.vllm_parts import lora_flags
+from leap_serve.weights import unmerged
+from leap_serve.weights.overlays import ADAPTER_FOLDER, check_overlays
 
 EPILOG = """\
 Flags after a lone `--` go to vLLM untouched and win over ours, for instance
@@ -36,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="MoE kernel on a GPU: ours where `leap tune-kernels` measured it as faster (auto), always, or never; "
         "GET /leap says which one each layer runs",
     )  # fmt: skip
+    parser.add_argument(
+        "--unmerged", action="store_true",
+        help="leave a tuned cut's adapter to vLLM's own LoRA path (GPU only) instead of merging it at load: --name is "
+        "then the tuned model, NAME-cut the same experts without the adapter",
+    )  # fmt: skip
     parser.add_argument("--name", help="model name that clients use (default: the folder's name)")
     parser.add_argument(
         "--specialist", action="append", default=[], metavar="NAME=PLAN",
@@ -58,7 +65,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.leap_kernel:
         os.environ["LEAP_KERNEL"] = args.leap_kernel  # read by the plugin in each of the engine's processes
     name = args.name or folder.name
-    options = ServeOptions(args.host, args.port, args.api_key, name, args.dtype, tuple(args.rest))
+    lora: tuple[str, ...] = ()
+    if args.unmerged:
+        lora = lora_flags(folder / ADAPTER_FOLDER, name, unmerged.rank_for_vllm(checkpoint))
+        os.environ[unmerged.VARIABLE] = "1"  # read by the plugin, too
+    options = ServeOptions(args.host, args.port, args.api_key, name, args.dtype, lora, tuple(args.rest))
     return serve(folder, describe(checkpoint, name), options, shared_model(args, checkpoint))
 
 

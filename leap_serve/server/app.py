@@ -29,13 +29,14 @@ from fastapi import APIRouter, Depends, HTTPException, Request
 from leap_serve.adapter import describe_overlays
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.encoding import end_ids
-from leap_serve.errors import LeapError, UsageError
+from leap_serve.errors import LeapError, UnsupportedError, UsageError
 from leap_serve.provenance import hardware, versions
 from leap_serve.server.admin import admin_router, names
 from leap_serve.server.metrics import Counters
 from leap_serve.server.slots import Specialists
 from leap_serve.server.specialists import Base, Specialist
 from leap_serve.server.vllm_parts import one_line, parse_flags, uvicorn_settings, vllm_server
+from leap_serve.weights.unmerged import FLAG
 
 OURS = ("--model", "--host", "--port", "--uds", "--headless", "--grpc", "--api-server-count", "-asc")
 """vLLM flags that contradict ``leap serve``: it names the model, binds the port and runs one API process."""
@@ -52,6 +53,9 @@ class ServeOptions:
         host, port: the address; port 0 takes a free one, which the ready line names.
         api_key: required from clients as a bearer token; vLLM's VLLM_API_KEY counts too.
         name: the model name clients use.
+        dtype: vLLM's --dtype.
+        lora: vLLM's flags for an adapter that it applies itself, on a GPU, under ``name``; the model without it
+            is then ``name-cut``. Empty where nothing is left to vLLM.
         rest: flags passed to vLLM untouched; they win over our defaults.
     """
 
@@ -60,6 +64,7 @@ class ServeOptions:
     api_key: str | None = None
     name: str = "model"
     dtype: str | None = None
+    lora: tuple[str, ...] = ()
     rest: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -203,6 +208,8 @@ def serve(
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
         try:
             api = vllm_server()
+            if options.lora and not api.current_platform.is_cuda_alike():
+                raise UnsupportedError(FLAG, "vLLM applies adapters to experts on a GPU only", "serve without it")
             args = parse_flags(api, folder, _flags(port, options), options.rest)
             keys = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
             if shared is not None:
@@ -220,7 +227,8 @@ def serve(
 
 
 def _flags(port: int, options: ServeOptions) -> list[str]:
-    flags = [f"--host={options.host}", f"--port={port}", f"--served-model-name={options.name}"]
+    model = f"{options.name}-cut" if options.lora else options.name
+    flags = [f"--host={options.host}", f"--port={port}", f"--served-model-name={model}", *options.lora]
     flags += [f"--api-key={options.api_key}"] if options.api_key else []
     flags += [f"--dtype={options.dtype}"] if options.dtype else []
     return [*flags, f"--worker-extension-cls={WORKER}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 from argparse import Namespace
 from collections.abc import Sequence
@@ -90,6 +91,18 @@ def parse_flags(api: Namespace, folder: Path, flags: Sequence[str], rest: Sequen
         raise UsageError("--", f"vLLM says: {one_line(error)}", "correct the flags after `--`") from None
     api.set_ulimit()
     return args
+
+
+def lora_flags(folder: Path, name: str, rank: int) -> tuple[str, ...]:
+    """vLLM's flags for PEFT's adapter of 3-D expert parameters in ``folder``, served as the model ``name``.
+
+    The mixed format has vLLM hold gate and up apart, as it holds two-dimensional adapters of experts.
+    """
+    module = {"name": name, "path": str(folder), "is_3d_lora_weight": True}
+    return (
+        "--enable-lora", "--enable-mixed-moe-lora-format", f"--max-lora-rank={rank}",
+        "--lora-modules", json.dumps(module),
+    )  # fmt: skip
 
 
 def uvicorn_settings(api: Namespace, args: Namespace) -> dict[str, Any]:

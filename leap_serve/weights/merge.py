@@ -28,11 +28,12 @@ class Merge:
 
     Args:
         checkpoint: one that check_cut let through.
+        adapter: False leaves the adapter out (``leap serve --unmerged``).
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, adapter: bool = True) -> None:
         self._rows = router_rows(checkpoint)
-        factors = read_factors(checkpoint)
+        factors = read_factors(checkpoint) if adapter else {}
         self._parts: dict[str, Part] = {}
         for name in checkpoint.tensors if factors else ():
             part = part_of(checkpoint.role(name), name)

@@ -12,8 +12,9 @@ from vllm.model_executor.model_loader import DefaultModelLoader
 
 from leap_serve.architectures import Family, text_config
 from leap_serve.checkpoint import MANIFEST, Checkpoint, check_cut, check_experts, resolve_model
-from leap_serve.errors import CheckpointError, UnsupportedError
+from leap_serve.errors import CheckpointError, UnsupportedError, UsageError
 from leap_serve.plan import Plan
+from leap_serve.weights import unmerged
 from leap_serve.weights.merge import Merge
 from leap_serve.weights.overlays import ADAPTER, check_overlays
 
@@ -65,12 +66,27 @@ def open_cut(vllm_config: VllmConfig, family: Family) -> Cut:
     check_cut(checkpoint)
     assert checkpoint.plan is not None  # check_cut refuses a checkpoint without one
     check_groups(checkpoint, checkpoint.plan)
-    if (folder / ADAPTER).exists() and vllm_config.lora_config is not None:
+    merge = Merge(checkpoint, adapter=merges_adapter(checkpoint, vllm_config))
+    return Cut(folder, family, checkpoint.plan, merge, vllm_config.model_config.dtype)
+
+
+def merges_adapter(checkpoint: Checkpoint, vllm_config: VllmConfig) -> bool:
+    """Whether an adapter is merged at load, or left to vLLM as LEAP_UNMERGED says; raises LeapError for half of either."""
+    by_vllm = vllm_config.lora_config is not None
+    if unmerged.left_to_vllm():
+        needed = unmerged.rank_for_vllm(checkpoint)
+        if not by_vllm or vllm_config.lora_config.max_lora_rank < needed:
+            raise UsageError(
+                unmerged.VARIABLE, f"leaves {ADAPTER} to vLLM, which needs --enable-lora and --max-lora-rank {needed}",
+                f"serve with leap serve {unmerged.FLAG}",
+            )  # fmt: skip
+        return False
+    if by_vllm and (checkpoint.folder / ADAPTER).exists():
         raise UnsupportedError(
             "--enable-lora", f"would apply adapters on top of {ADAPTER}, which is merged into the experts at load",
-            "serve without it, or merge with leap export first",
+            f"serve with leap serve {unmerged.FLAG}, without it, or merge with leap export first",
         )  # fmt: skip
-    return Cut(folder, family, checkpoint.plan, Merge(checkpoint), vllm_config.model_config.dtype)
+    return True
 
 
 def check_groups(checkpoint: Checkpoint, plan: Plan) -> None:
