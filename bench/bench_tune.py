@@ -71,8 +71,8 @@ METHODS = {
 }
 CHOICES = ("answer-doubt", "no-active-learning", "leap")
 PLAN_OF = {"vanilla": "frequency", "no-agent": "reap"}
-FEW, LEVELS, MORE = 1000, (320, 640, 1000, 2000), (4000, 8000)
-"""Labels: of the rivals' second comparison, of all three ways to choose, and of "leap" besides."""
+FEW, LEVELS = 1000, (320, 640, 1000, 2000, 4000, 8000)
+"""Labels: of the rivals' second comparison, and of each way to choose besides all that a run may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +127,7 @@ def planned(
                 Run(*HARD, method, FEW, seed) for method in (*CHOICES, "teacher", "vanilla", "full", "kd", "kd-experts")
             ]
         if "labels" in what:
-            runs += [Run(*HARD, method, level, seed) for level, method in itertools.product(LEVELS, CHOICES)]
-            runs += [Run(*HARD, "leap", level, seed) for level in MORE]
+            runs += [Run(*HARD, method, level, seed) for level, method in itertools.product((*LEVELS, most), CHOICES)]
     return list(dict.fromkeys(runs))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping
 
 from table_readers.rows import (
     BATCH,
@@ -63,7 +64,7 @@ def labels_needed(rows: Rows) -> Table:
     return Table(
         "LEAP, table 6: labels needed for a share of the full model's score",
         f"leap-tiny, {HARD[0]}, {HARD[1]} of 64 experts, 400 steps however many labels; interpolated in the logarithm of the "
-        "labels between the mean scores of the seeds that have every number of labels.",
+        "labels between the mean scores of the same seeds.",
         ["share of the full score (score in %)", "random batches", "active, eq. 15-17", "active, doubt of the answer",
          *claimed(["random", "active learning"])],
         body,
@@ -89,12 +90,20 @@ def curve(rows: Rows) -> Table:
 
 
 def _labels(rows: Rows, method: str, level: float) -> str:
-    """The labels at which the mean score reaches a level, of the seeds that have all numbers of labels; otherwise the best
-    score there is."""
+    """The labels at which the mean score reaches a level; otherwise the best score there is.
+
+    All means are of the same seeds: while the bench is not finished, those (and the numbers of labels) with which most
+    runs are counted.
+    """
     found: dict[int, dict[int, float]] = {}
     for row in rows.find("tune", task=HARD[0], experts=HARD[1], method=method):
         found.setdefault(row["labels"], {})[row["seed"]] = row["score"]
-    common = sorted(set.intersection(*map(set, found.values()))) if found else []
+    choices = [
+        {labels: scores for labels, scores in found.items() if len(scores) >= least}
+        for least in range(1, 1 + max(map(len, found.values()), default=0))
+    ]
+    found = max(choices, key=lambda some: len(some) * len(_common(some)), default={})
+    common = sorted(_common(found))
     seeds = f"{len(common)} seed{'s' if len(common) > 1 else ''}"
     means = [
         (labels, statistics.fmean(scores[seed] for seed in common))
@@ -112,6 +121,11 @@ def _labels(rows: Rows, method: str, level: float) -> str:
     return (
         f"not reached with {before[0]:,}: {100 * max(mean for _, mean in means):.1f} % ({seeds})" if before else EMPTY
     )
+
+
+def _common(found: Mapping[int, Mapping[int, float]]) -> set[int]:
+    """The seeds that every number of labels has."""
+    return set.intersection(*map(set, found.values())) if found else set()
 
 
 def _less(rows: Rows, method: str, reference: str, labels: int, experts: int = HARD[1]) -> str:
