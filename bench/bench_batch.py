@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_serve.bench.contenders import Contender, compare, measure_rounds, opened, stamped
-from leap_serve.checkpoint import Checkpoint
+from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli.console import progress_bar, table
 from leap_serve.cut.write import cut
 from leap_serve.files import append_jsonl
@@ -27,25 +27,44 @@ METRICS = ("ttft_ms", "tpot_ms", "output_tok_s")
 
 
 def make_model(
-    folder: Path, hidden: int, intermediate: int, experts: int, layers: int, seed: int = 0, dtype: str = "bfloat16"
-) -> Path:
-    """Write a model with top-4 routing; wide routers and embeddings, so that every token has its own experts."""
+    folder: Path, hidden: int, intermediate: int, experts: int, layers: int, seed: int = 0, dtype: str = "bfloat16",
+    form: str = "qwen3_moe",
+) -> Path:  # fmt: skip
+    """Write a model with top-4 routing, or of Llama 4's form (top-1, a shared expert, every other layer dense).
+
+    Routers and embeddings are wide, so that every token has its own experts.
+    """
     import torch
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Llama4TextConfig, Qwen3MoeConfig
 
     torch.manual_seed(seed)
-    config = Qwen3MoeConfig(
-        vocab_size=2048, hidden_size=hidden, moe_intermediate_size=intermediate, num_experts=experts,
-        num_experts_per_tok=4, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=1, head_dim=64,
-        norm_topk_prob=True, tie_word_embeddings=True, max_position_embeddings=2048, bos_token_id=None,
-        eos_token_id=0, pad_token_id=0,
+    shared: dict[str, Any] = dict(
+        vocab_size=2048, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=1,
+        head_dim=64, tie_word_embeddings=True, max_position_embeddings=2048, bos_token_id=None, eos_token_id=0,
+        pad_token_id=0,
     )  # fmt: skip
-    model = Qwen3MoeForCausalLM._from_config(config, dtype=getattr(torch, dtype))
+    if form == "llama4_text":
+        config: Any = Llama4TextConfig(
+            **shared, num_local_experts=experts, num_experts_per_tok=1, intermediate_size=intermediate,
+            intermediate_size_mlp=intermediate, interleave_moe_layer_step=2, attention_chunk_size=2048,
+        )  # fmt: skip
+    else:
+        config = Qwen3MoeConfig(
+            **shared,
+            num_experts=experts,
+            num_experts_per_tok=4,
+            moe_intermediate_size=intermediate,
+            norm_topk_prob=True,
+        )
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:
-                parameter.normal_(0.0, 1.0 if "embed" in name else 0.2 if ".mlp.gate." in name else 0.03)
+                routers = (".mlp.gate.weight", ".router.weight")
+                parameter.normal_(0.0, 1.0 if "embed" in name else 0.2 if name.endswith(routers) else 0.03)
     model.save_pretrained(folder)
+    if form == "llama4_text":  # vLLM asks this form's tokenizer for more than its token ids
+        AutoTokenizer.from_pretrained(resolve_model("leap-tiny")).save_pretrained(folder)
     return folder
 
 

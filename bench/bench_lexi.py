@@ -7,9 +7,12 @@
   in vLLM. Every cut is measured against the full model, interleaved; a row's ratio is cut over full, of pairs.
   «inter» drops experts, «intra» a share of every expert's channels, «lexi» active experts (its own search, per layer),
   «skip» is dynamic skipping (NAEE) with all experts there: β = 1 leaves a token its best expert alone, the most that can
-  be skipped; β = 1e-6 skips nothing and shows what the mechanism costs.
+  be skipped; β = 1e-6 skips nothing and shows what the mechanism costs. «merge» averages neighbours, as HC-SMoE routes to
+  them, «map» the same behind the router's probabilities, as EEP's; «uneven» keeps half as many experts in all layers but
+  one, as MoE-I² does. «llama4 inter» drops experts of a model of Llama 4's form.
 - quality: leap-tiny on its three tasks, 256 test items in vLLM, untuned: inter by REAP and by the agent (plans of
-  search_methods.jsonl), intra, and LExI, each through `leap search`; the agent and LExI with three seeds.
+  search_methods.jsonl), intra, HC-SMoE («merge») and LExI, each through `leap search`; the last two and the agent with
+  three seeds.
 - sensitivity: LExI's D_l(k) of leap-tiny with the standard error of its draws: the heat map.
 
 Rows go to bench/results/lexi.jsonl.
@@ -21,7 +24,7 @@ import argparse
 import itertools
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ from leap_serve.cut.write import cut
 from leap_serve.files import append_jsonl, read_jsonl
 from leap_serve.flops import parameters
 from leap_serve.plan import LayerPlan, Plan
+from leap_serve.plan_extras import Merge
 from leap_serve.workload import Workload
 
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
@@ -44,11 +48,15 @@ MODEL, TASKS = "leap-tiny", ("toy-gsm", "toy-code", "toy-xsum")
 INTER, INTRA, LEXI = (0.125, 0.25, 0.5, 0.75, 0.875), (0.125, 0.25, 0.5, 0.875), (0.125, 0.25, 0.375, 0.5, 0.75)
 """Shares that are taken away: of experts, of channels, of active experts."""
 AGENT = (0.75, 0.875)
+MERGE, UNEVEN, LLAMA4 = (0.25, 0.5, 0.875), 0.875, (0.5, 0.75, 0.875, 0.9375)
 SKIPS = {"β = 1e-6": 1e-6, "β = 1": 1.0}
+FORMS, OTHER_FORM = ("qwen3_moe", "llama4_text"), "llama4"
 METRICS = ("total_tok_s", "e2el_ms", "tpot_ms", "ttft_ms")
 SETTINGS = [
     *(("inter", f"{100 * share:g} %") for share in INTER), *(("intra", f"{100 * share:g} %") for share in INTRA),
     *(("lexi", f"{100 * share:g} %") for share in LEXI), *(("skip", setting) for setting in SKIPS),
+    *(("merge", f"{100 * share:g} %") for share in MERGE), ("map", f"{100 * UNEVEN:g} %"),
+    ("uneven", f"{100 * UNEVEN:g} %"), *((f"{OTHER_FORM} inter", f"{100 * share:g} %") for share in LLAMA4),
 ]  # fmt: skip
 
 
@@ -65,8 +73,21 @@ def plan_of(source: Checkpoint, method: str, setting: str, draws: int, folder: P
         out = folder / "plan.json"
         run("search", source.folder, "--method", "lexi", "--budget", 1 - share_of(setting), "--draws", draws, "-o", out)
         return Plan.load(out)
-    if method == "inter":
-        kept = round(source.num_experts * (1 - share_of(setting)))
+    kept = 0 if method == "skip" else round(source.num_experts * (1 - share_of(setting)))
+    if method == "uneven":
+        first, *others = source.moe_layers
+        counts = {first: kept * len(source.moe_layers) - kept // 2 * len(others)} | dict.fromkeys(others, kept // 2)
+        layers = {index: replace(full, retained=tuple(range(count))) for index, count in counts.items()}
+        return Plan(source.identity(), source.num_experts, layers)
+    if method in ("merge", "map"):
+        rows = clusters(source.num_experts, kept)
+        merge = (
+            Merge(rows, rows)
+            if method == "map"
+            else Merge(rows, tuple(tuple((e, 1.0) for e, _ in row) for row in rows), "ids")
+        )
+        layer = replace(full, retained=tuple(row[0][0] for row in rows), merge=merge)
+    elif method.endswith("inter"):
         layer = replace(full, retained=tuple(number * source.num_experts // kept for number in range(kept)))
     elif method == "intra":
         width = round(width_of(source) * (1 - share_of(setting)))
@@ -76,18 +97,36 @@ def plan_of(source: Checkpoint, method: str, setting: str, draws: int, folder: P
     return Plan(source.identity(), source.num_experts, dict.fromkeys(source.moe_layers, layer))
 
 
+def clusters(experts: int, kept: int) -> tuple[tuple[tuple[int, float], ...], ...]:
+    """Neighbours in as many groups as are kept, as even as can be; each expert weighs the same in its group."""
+    edges = [number * experts // kept for number in range(kept + 1)]
+    return tuple(
+        tuple((e, 1 / (stop - start)) for e in range(start, stop)) for start, stop in itertools.pairwise(edges)
+    )
+
+
 def speed(args: argparse.Namespace) -> None:
-    """Measure the cuts that have no row, one after the other, against one full model that stays loaded."""
+    """Measure the cuts that have no row, one after the other, against one full model of each form that stays loaded."""
     done = {(row["method"], row["setting"]) for row in read_jsonl(args.results) if row["bench"] == "lexi-speed"}
-    wanted = [one for one in SETTINGS if one[1] in ("50 %", "β = 1")] if args.smoke else SETTINGS
+    some = [one for one in SETTINGS if one[1] in ("50 %", "β = 1") or one[0] in ("map", "uneven")]
+    wanted = some if args.smoke else SETTINGS
     missing = [one for one in wanted if one not in done]
-    if not missing:
-        return
+    for form in FORMS:
+        if own := [one for one in missing if one[0].startswith(OTHER_FORM) is (form == "llama4_text")]:
+            speed_of(form, own, args)
+
+
+def speed_of(form: str, missing: Sequence[tuple[str, str]], args: argparse.Namespace) -> None:
+    """Measure cuts of the random model of one form."""
     load = Workload("lexi", args.input, args.output, args.batch)
     engine = {"kv_cache_gib": 0.25, "max_model_len": args.input + args.output, "max_num_seqs": args.batch}
     env = {"OMP_NUM_THREADS": str(args.threads)}
     with tempfile.TemporaryDirectory() as home:
-        full = make_model(Path(home) / "full", args.hidden, args.intermediate, 64, args.layers)
+        # Of Llama 4's form half of the layers have experts, each used by fewer tokens.
+        layers, width = (
+            (2 * args.layers, 2 * args.intermediate) if form == "llama4_text" else (args.layers, args.intermediate)
+        )
+        full = make_model(Path(home) / "full", args.hidden, width, 64, layers, form=form)
         source, base = Checkpoint.open(full), Contender("full", str(full), engine, env)
         with opened([base]) as first:
             for method, setting in missing:
@@ -156,7 +195,7 @@ def quality_cells() -> Iterator[tuple[str, float, Cell]]:
     """What is scored: the name of the method in the row, the share that is taken away, and the cell that makes it."""
     for seed, task in itertools.product(range(3), TASKS):
         methods = [("base", "full-model", (0.0,), 1), ("inter", "reap", INTER, 1), ("inter, agent", "leap", AGENT, 3),
-                   ("intra", "intra", INTRA, 1), ("lexi", "lexi", LEXI, 3)]  # fmt: skip
+                   ("intra", "intra", INTRA, 1), ("lexi", "lexi", LEXI, 3), ("merge", "hc-smoe", MERGE[:2], 3)]  # fmt: skip
         for name, method, removed, seeds in methods:
             for share in removed if seed < seeds else ():
                 yield name, share, Cell(MODEL, task, round(64 * (1 - share)), method, seed, "none")

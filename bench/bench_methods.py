@@ -23,7 +23,7 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from leap_serve.evaluation.evaluate import evaluate
 from leap_serve.files import append_jsonl, read_json, read_jsonl, write_json
 from leap_serve.flops import parameters
 from leap_serve.plan import Plan
+from leap_serve.search_flags import reads
 from leap_serve.tasks.registry import load_task
 from leap_training.finetune import FinetuneConfig, finetune
 
@@ -77,12 +78,12 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What every cell takes. ``search``: flags of leap search beside the method's own."""
+    """What every cell takes. ``search``: flags of leap search, given to the methods that read them."""
 
     profiled: int = 256
     tests: int = 256
     tuning: FinetuneConfig = field(default_factory=FinetuneConfig)
-    search: tuple[str, ...] = ()
+    search: Mapping[str, int] = field(default_factory=dict)
     tsep: tuple[str, ...] = ()
 
     @property
@@ -91,7 +92,7 @@ class Size:
 
 
 SMOKE = Size(
-    4, 4, FinetuneConfig(items=8, steps=2, batch=4), ("--items", "2", "--episodes", "32"),
+    4, 4, FinetuneConfig(items=8, steps=2, batch=4), {"items": 2, "episodes": 32},
     ("--steps", "2", "--train-items", "8"),
 )  # fmt: skip
 
@@ -199,7 +200,8 @@ class Bench:
         flags = ["--method", cell.method, *budget, "--seed", cell.seed, "--task", cell.task, "--model", self.folder]
         if cell.method == "tsep":
             flags += ["--tuned", self.home(cell) / "tuned", *self.size.tsep]
-        return [*flags, *self.size.search]
+        given = {flag: value for flag, value in self.size.search.items() if reads(cell.method, flag)}
+        return [*flags, *(word for flag, value in given.items() for word in (f"--{flag}", value))]
 
     def cut(self, cell: Cell, plan: Plan, work: Path) -> Path:
         """The checkpoint that a row scores."""

@@ -25,6 +25,7 @@ from leap_serve.errors import LeapError, UsageError
 from leap_serve.files import write_bytes
 from leap_serve.flops import flops_per_token
 from leap_serve.recipe import STAGES, as_flag
+from leap_serve.search_flags import reads
 
 Data = str | Path | Iterable[Mapping[str, Any]]
 """A JSON Lines file (plain or .gz), rows, or a ``datasets.Dataset``."""
@@ -102,7 +103,7 @@ class LEAPFramework:
             model: folder, bundled name or model id.
             train_data, val_data: prompts and answers of one's own; without ``val_data`` 5 % of the others are held
                 out. Without both the items are those of ``config.task``.
-            num_episodes: plans that the pruning agent evaluates.
+            num_episodes: plans that the pruning agent, or another search in its place, evaluates.
             budget_constraint: fraction of the experts to retain; with ``config.target_experts`` they must agree.
 
         Raises:
@@ -113,7 +114,9 @@ class LEAPFramework:
         settings: dict[str, Any] = {stage: {} for stage in LINE} | dict(self.config.settings)
         asked = {"target_experts": self.config.target_experts, "budget_constraint": budget_constraint}
         pruning = {key: value for key, value in asked.items() if value is not None}
-        pruning |= {"meta_episodes": num_episodes, **(settings.pop("pruning", None) or {})}
+        if reads(str((settings["search"] or {}).get("method", "leap")), "episodes"):
+            pruning["meta_episodes"] = num_episodes
+        pruning |= settings.pop("pruning", None) or {}
         recipe = {
             "model": {"path": _place(model), **self.config.claims},
             "task": self._task({"train": train_data, "validation": val_data}),

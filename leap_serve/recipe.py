@@ -31,6 +31,7 @@ from leap_serve.authors_yaml import SECTIONS, contradictions, translate
 from leap_serve.errors import LeapError, UsageError
 from leap_serve.files import read_json, read_yaml, sha256_of
 from leap_serve.hub import resolve_model
+from leap_serve.search_flags import reads
 from leap_serve.tasks.user import SUFFIXES, UserTask
 
 NEEDS = {
@@ -157,7 +158,7 @@ class Recipe:
                 argv += as_flag(flag, value)
             digest.update(json.dumps(argv).encode())
             state = out / name / digest.hexdigest()[:12]
-            if name == TUNE or (name == SEARCH and given.get("method") == "leap"):
+            if name == TUNE or (name == SEARCH and reads(str(given.get("method")), "state")):
                 argv += ["--state", str(state)]
             if name == SEARCH and _is_positive(given.get("lambda")):
                 calibrated = ["--latency", str(state / "latency.json")]
@@ -231,6 +232,9 @@ def _problems(raw: Mapping[Any, Any]) -> Iterator[str]:
             if str(flag).replace("_", "-") in OURS and (name, flag) != ("eval", "task"):
                 yield f"{name}.{flag} is set by the run itself"
     yield from _wrong_flags(raw)
+    tune = raw.get("tune")
+    if "export" in raw and isinstance(tune, dict) and tune.get("baseline"):
+        yield f"export has nothing to merge after tune.baseline {tune['baseline']}, which writes whole weights: leave it out"
     have = [name for name in STAGES if name in raw]
     for name in have:
         needs = NEEDS[name]

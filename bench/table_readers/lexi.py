@@ -24,17 +24,21 @@ def lexi_quality(rows: Rows) -> Table:
         speed = speeds.get((method.partition(",")[0], setting))
         body.append([
             method, EMPTY if method == "base" else setting,
-            *(over_seeds([row["score"] for row in own if row["task"] == task]) for task in TASKS),
+            *(over_seeds([row for row in own if row["task"] == task]) for task in TASKS),
             "1.00" if method == "base" else _ratio(speed, "total_tok_s"), *_shares(own),
         ])  # fmt: skip
-    missing = [(row["method"], row["setting"]) for row in speeds.values() if row["method"] not in ("skip",)]
+    missing = [
+        (row["method"], row["setting"])
+        for row in speeds.values()
+        if row["method"] in ("inter", "intra", "lexi", "merge")
+    ]
     scored = {(row[0].partition(",")[0], row[1]) for row in body}
     body += [[method, setting, EMPTY, EMPTY, EMPTY, _ratio(speeds[method, setting], "total_tok_s"), *_shares([speeds[method, setting]])]
              for method, setting in missing if (method, setting) not in scored]  # fmt: skip
     return Table(
         "LExI, figures 2 and 4: quality against throughput",
-        "Quality: leap-tiny, untuned, scores in % on test items. Throughput: (input + output tokens) / E2EL over the full "
-        f"model's at batch {BATCH} with the same share taken away, of {RANDOM}; FLOPs and weights are the scored model's.",
+        "Quality: leap-tiny, untuned, scores in % on test items; «inter» drops experts by REAP, «merge» is HC-SMoE. Throughput: (input + output tokens) / E2EL over the full "
+        f"model's at batch {BATCH} with the same share taken away, of {RANDOM}, in which it does not matter which experts or neighbours; FLOPs and weights are the scored model's.",
         ["method", "taken away", *TASKS, "throughput over full", "FLOPs, share", "weights, share"], body,
         reason(body, 6, "no row of bench lexi or lexi-speed") if body else ["Empty: no row of bench lexi."],
     )  # fmt: skip
@@ -60,9 +64,12 @@ def lexi_sensitivity(rows: Rows) -> Table:
         cells = {row["top_k"]: f"{row['deviation']:.3g} ± {row['std_error']:.2g}" for row in found
                  if (row["model"], row["layer"]) == (model, layer)}  # fmt: skip
         body.append([model, str(layer), *(cells.get(k, EMPTY) for k in ks)])
+    draws = (
+        " and ".join(dict.fromkeys(f"{row['draws']} draws of {row['tokens']} tokens" for row in found)) or "the draws"
+    )
     return Table(
         "LExI, figure 3: deviation D_l(k) by layer",
-        "Mean over the draws of Gaussian inputs ± its standard error. The paper prints a picture, no numbers to set beside.",
+        f"Mean over {draws} of Gaussian inputs ± its standard error. The paper prints a picture, no numbers to set beside.",
         ["model", "layer", *(f"k = {k}" for k in ks)], body,
         [] if found else ["Empty: no row of bench lexi-sensitivity."],
     )  # fmt: skip
@@ -90,22 +97,20 @@ def skipping(rows: Rows) -> Table:
 def memory(rows: Rows) -> Table:
     """Peak memory of methods and of loading the model, bench_memory.py."""
     found = rows.find("memory")
-    loaded = {row["model_bytes"]: row["peak_bytes"] for row in found if row["method"] == "load"}
-    held = "".join(
-        f", which holds {_gib(row['resident_bytes'])} GiB once it is loaded" for row in found if "resident_bytes" in row
-    )
+    loaded = {row["model_bytes"]: row["anonymous_bytes"] for row in found if row["method"] == "load"}
     body = [
-        [row["method"], str(row["items"]), _gib(row["model_bytes"]), _gib(row["peak_bytes"]),
-         _gib(row["peak_bytes"] - loaded[row["model_bytes"]]) if row["model_bytes"] in loaded else EMPTY]
+        [row["method"], f"{row['tokens']:,}", _gib(row["model_bytes"]), _gib(row["inputs_bytes"]), _gib(row["anonymous_bytes"]),
+         _gib(row["anonymous_bytes"] - loaded[row["model_bytes"]]) if row["model_bytes"] in loaded else EMPTY,
+         _gib(row["peak_bytes"])]
         for row in found
     ]  # fmt: skip
     return Table(
-        "Memory: peaks of methods, and of loading the model alone",
-        "Peak resident set of `leap search` (and of `leap profile --channels`, which moe-pruner and intra need) in a process "
-        "of its own, float32 on a CPU, on a random model of 16 MoE layers; «load» is transformers with that model alone"
-        f"{held}. What a method holds while it works shows only beyond loading's own peak. Inputs of all layers lie on disk; in "
-        "memory is one layer's.",
-        ["method", "calibration items", "model, GiB", "peak, GiB", "beyond loading's, GiB"], body,
+        "Memory: what methods hold, beside the loaded model",
+        "Anonymous memory of `leap search` (and of `leap profile --channels`, which moe-pruner and intra need) at most, asked for "
+        "50 times a second, in a process of its own, float32 on a CPU, on a random model of 64 MoE layers; «load» is transformers "
+        "with that model, once it is loaded. «inputs» is what the inputs of all layers would take if they were held; they lie "
+        "on disk. The last column counts pages of mapped files, too, and what loading itself took for a moment.",
+        ["method", "tokens", "model, GiB", "inputs, GiB", "held, GiB", "beyond the loaded model, GiB", "resident, GiB"], body,
         [] if body else ["Empty: no row of bench memory."],
     )  # fmt: skip
 

@@ -26,6 +26,10 @@ from table_readers.rows import (
 
 PAPER = claimed([*QUALITY, "FLOPs", "ms/token", "GB"])
 LLAMA4_FORM = "A small trained model of Llama 4's form (sigmoid, top-1, shared expert, every other layer dense)"
+FORMS = {"moe-i2": "uneven", "hc-smoe": "merge", "eep": "map"}
+"""Methods whose cuts are neither even nor called by the method's name in bench_lexi.py."""
+VANILLA, AS_FOUND = "vanilla", ("magnitude", "naee")
+LLAMA4_TIMES = "TPOT at batch 16 is of a larger random model of that form, in which experts dominate (bench_lexi.py), over the full one's."
 OF_THE_PAPERS = ("vanilla", "naee", "moe-i2", "moe-pruner", "tsep")
 
 
@@ -42,8 +46,7 @@ def comparison(rows: Rows) -> Table:
         "Plans of equal counts and top_k have the same FLOPs, weights and TPOT, whatever the paper's columns say.",
         ["method", "tuning", *TASKS, "FLOPs, share", "TPOT, share", "weights, share", *PAPER],
         body,
-        [*notes, *reason(body, 8, "no row in search_methods.jsonl, methods.jsonl, lookahead.jsonl or tune.jsonl; TPOT of "
-         "uneven and merged cuts was not measured")],
+        [*notes, *reason(body, 8, "no row in search_methods.jsonl, methods.jsonl, lookahead.jsonl, tune.jsonl or lexi.jsonl")],
     )  # fmt: skip
 
 
@@ -51,9 +54,9 @@ def llama4_methods(rows: Rows) -> Table:
     """LEAP's table 4, on the small model of Llama 4's form."""
     body, notes = _methods(rows, LLAMA4, CLAIMS["leap_4"])
     return Table(
-        "LEAP, table 4: Llama 4 Maverick, methods", f"{LLAMA4_FORM}, 8 of 64 experts; scores in % on test items.",
+        "LEAP, table 4: Llama 4 Maverick, methods", f"{LLAMA4_FORM}, 8 of 64 experts; scores in % on test items. {LLAMA4_TIMES}",
         ["method", "tuning", *TASKS, "FLOPs, share", "TPOT, share", "weights, share", *PAPER], body,
-        [*notes, *reason(body, 8, "no row in methods.jsonl; TPOT of this form was not measured")],
+        [*notes, *reason(body, 8, "no row in methods.jsonl; TPOT was timed for equal counts only")],
     )  # fmt: skip
 
 
@@ -65,19 +68,20 @@ def llama4_scaling(rows: Rows) -> Table:
         if experts == 64:
             found = rows.find("methods", model=LLAMA4, method="full-model")
             body.append([name, "full model", "none needed", *(over_seeds(rows.full(t, LLAMA4)) for t in TASKS),
-                         *_shares(found), *claim])  # fmt: skip
+                         "1.00", *_shares(found), *claim])  # fmt: skip
             continue
+        tpot = _tpot(rows, "llama4 inter", experts)
         for method in ("leap", "reap"):
             found = rows.find("methods", model=LLAMA4, method=method, experts=experts)
             for tuning, scores in (("none", rows.untuned), (SHORT, rows.short)):
                 cells = [over_seeds(scores(method, task, experts, LLAMA4)) for task in TASKS]
                 paper = claim if (method, tuning) == ("leap", SHORT) else [EMPTY] * len(claim)
                 if paper is claim or set(cells) != {EMPTY}:
-                    body.append([name, NAMES[method], tuning, *cells, *_shares(found), *paper])
+                    body.append([name, NAMES[method], tuning, *cells, tpot, *_shares(found), *paper])
     return Table(
-        "LEAP, table 3: Llama 4 Maverick, number of experts", f"{LLAMA4_FORM}; scores in % on test items.",
-        ["experts of 64", "method", "tuning", *TASKS, "FLOPs, share", "weights, share", *PAPER], body,
-        reason(body, 8, "no row in methods.jsonl: make llama4-tiny, then bench_methods.py --model runs/llama4-tiny/model"),
+        "LEAP, table 3: Llama 4 Maverick, number of experts", f"{LLAMA4_FORM}; scores in % on test items. {LLAMA4_TIMES}",
+        ["experts of 64", "method", "tuning", *TASKS, "TPOT, share", "FLOPs, share", "weights, share", *PAPER], body,
+        reason(body, 9, "no row in methods.jsonl: make llama4-tiny, then bench_methods.py --model runs/llama4-tiny/model"),
     )  # fmt: skip
 
 
@@ -86,17 +90,15 @@ def agent_effect(rows: Rows) -> Table:
     body = []
     for experts in (16, 8):
         for method in ("leap", "evolution", "gate-mass", "reap", "frequency", "magnitude"):
-            scores = [rows.untuned(method, task, experts) for task in TASKS]
-            looked = rows.find("lookahead", task="toy-gsm", experts=experts, method=method)
-            if looked:  # the very plans that were fine-tuned
-                scores[TASKS.index("toy-gsm")] = [row["before"]["score"] for row in looked]
+            found = [rows.untuned(method, task, experts) for task in TASKS]
             claim = CLAIMS["leap_5"].get(method, (EMPTY,) * 4) if experts == 8 else (EMPTY,) * 4
-            body.append([str(experts), NAMES.get(method, method), *map(over_seeds, scores),
+            body.append([str(experts), NAMES.get(method, method), *map(over_seeds, found),
                          *(over_seeds(rows.short(method, task, experts)) for task in TASKS), *claim])  # fmt: skip
     return Table(
         "LEAP, table 5: what the pruning agent adds",
         "leap-tiny, equal counts in all layers; scores in % on test items of the plans as they were found, and after the "
-        "same 400 steps of fine-tuning on 1,000 items. The paper's 16 of 128 stand beside our 8 of 64.",
+        "same 400 steps of fine-tuning on 1,000 items, where there are both of the same plans. toy-gsm: bench_lookahead.py, "
+        "scored in transformers. The paper's 16 of 128 stand beside our 8 of 64.",
         [
             "experts of 64",
             "method",
@@ -112,7 +114,8 @@ def agent_effect(rows: Rows) -> Table:
 def _methods(rows: Rows, model: str, claims: dict[str, list[str]]) -> tuple[list[list[str]], list[str]]:
     """Rows of every method that has any, in the order of the benches, then of those that only the paper has; and notes.
 
-    A paper's claim stands beside the best-tuned row of its method.
+    A paper's claim stands beside the best-tuned row of its method, of those that it names without tuning beside the
+    untuned one.
     """
     full = [over_seeds(rows.full(task, model)) for task in TASKS]
     body, notes = [["full model", "none needed", *full, "1.00", "1.00", "1.00", *claims["full-model"]]], []
@@ -126,8 +129,8 @@ def _methods(rows: Rows, model: str, claims: dict[str, list[str]]) -> tuple[list
             for tuning, scores in _scores(rows, method, model)
             if any(scores)
         ] or [[_name(method, found), "not measured", *[EMPTY] * 6]]
-        empty = [EMPTY] * len(PAPER)
-        body += [[*row, *(claims.get(method, empty) if row is own[-1] else empty)] for row in own]
+        empty, beside = [EMPTY] * len(PAPER), own[0 if method in AS_FOUND else -1]
+        body += [[*row, *(claims.get(method, empty) if row is beside else empty)] for row in own]
         refused = dict.fromkeys(
             f"{_name(method, found)}, tuning {row['tuning']}: {row['refused']}" for row in found if "refused" in row
         )
@@ -135,11 +138,15 @@ def _methods(rows: Rows, model: str, claims: dict[str, list[str]]) -> tuple[list
     return body, notes
 
 
-def _scores(rows: Rows, method: str, model: str) -> list[tuple[str, list[list[float]]]]:
-    """By tuning, the scores of a method's plans of 8 experts on every task."""
+def _scores(rows: Rows, method: str, model: str) -> list[tuple[str, list[list[Row]]]]:
+    """By tuning, the scores of a method's plans of 8 experts on every task.
+
+    Plain fine-tuning of frequency's subset is what LEAP calls vanilla fine-tuning, a method of its own.
+    """
+    plans = {"frequency": "", VANILLA: "frequency"}.get(method, method)
     found = [("none", [rows.untuned(method, task, 8, model) for task in TASKS]),
              ("its own: 400 steps while it prunes", [rows.own(method, task, 8, model) for task in TASKS]),
-             (SHORT, [rows.short(method, task, 8, model) for task in TASKS])]  # fmt: skip
+             (SHORT, [rows.short(plans, task, 8, model) for task in TASKS])]  # fmt: skip
     if model == TINY:
         found.append(("10,240 labels, 400 steps", [rows.tuned(method, task, 8) for task in TASKS]))
     return found
@@ -158,15 +165,20 @@ def _shares(found: Sequence[Row]) -> list[str]:
 
 
 def _costs(rows: Rows, method: str, found: Sequence[Row], model: str) -> list[str]:
-    """FLOPs, TPOT and weights over the full model's."""
+    """FLOPs, TPOT and weights over the full model's; TPOT of the random model of the same form, by bench_lexi.py."""
     even = all(set(row["retained"]) == {8} for row in found if "retained" in row) and method not in ("hc-smoe", "eep")
     flops, weights = _shares(found)
     if even and model == TINY and not found:
         flops, weights = sizes(8)
-    # All three forms by one bench: ratios of bench_batch's larger model are no figures to set beside these.
-    form, timed = ("inter", "87.5 %") if even else (method, {"intra": "87.5 %", "lexi": "50 %"}.get(method))
-    ratios = [
-        row["ratio_a_over_b"]["tpot_ms"] for row in rows.find("lexi-speed", method=form, setting=timed) if model == TINY
-    ]
-    tpot = f"{ratios[-1]['median']:.2f} [{ratios[-1]['low']:.2f}, {ratios[-1]['high']:.2f}]" if ratios else EMPTY
-    return [flops, tpot, weights]
+    if model == LLAMA4:
+        return [flops, _tpot(rows, "llama4 inter", 8) if even else EMPTY, weights]
+    # All forms by one bench: ratios of bench_batch's larger model are no figures to set beside these.
+    form = "inter" if even else FORMS.get(method, method)
+    return [flops, _tpot(rows, form, 32 if method == "lexi" else 8), weights]
+
+
+def _tpot(rows: Rows, form: str, experts: int) -> str:
+    """TPOT over the full model's of cuts of one form that leave so many of 64 experts' worth."""
+    found = rows.find("lexi-speed", method=form, setting=f"{100 * (1 - experts / 64):g} %")
+    ratios = [row["ratio_a_over_b"]["tpot_ms"] for row in found]
+    return f"{ratios[-1]['median']:.2f} [{ratios[-1]['low']:.2f}, {ratios[-1]['high']:.2f}]" if ratios else EMPTY

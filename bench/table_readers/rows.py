@@ -69,33 +69,35 @@ class Rows:
         """Rows of a bench whose fields have these values."""
         return [row for row in self.of.get(bench, []) if all(row.get(key) == value for key, value in where.items())]
 
-    def untuned(self, method: str, task: str, experts: int, model: str = TINY) -> list[float]:
-        """Scores of plans as they were found, on test items."""
+    def untuned(self, method: str, task: str, experts: int, model: str = TINY) -> list[Row]:
+        """Plans as they were found, scored on test items: the very ones that were fine-tuned, where bench_lookahead did."""
         where = {"model": model, "task": task, "experts": experts, "method": method}
+        if looked := [row["before"] for row in self.find("lookahead", **where)]:
+            return looked
         found = [row for row in self.find("search-methods", **where, allocation="uniform") if not row["warm"]]
-        return [row["score"] for row in [*found, *self.find("methods", **where, tuning="none")] if "score" in row]
+        return [row for row in [*found, *self.find("methods", **where, tuning="none")] if "score" in row]
 
-    def short(self, method: str, task: str, experts: int, model: str = TINY) -> list[float]:
-        """Scores after 400 steps on 1,000 items."""
+    def short(self, method: str, task: str, experts: int, model: str = TINY) -> list[Row]:
+        """After 400 steps on 1,000 items."""
         where = {"model": model, "task": task, "experts": experts, "method": method}
         found = [row["after"] for row in self.find("lookahead", **where)]
-        return [row["score"] for row in [*found, *self.find("methods", **where, tuning=SHORT)] if "score" in row]
+        return [row for row in [*found, *self.find("methods", **where, tuning=SHORT)] if "score" in row]
 
-    def own(self, method: str, task: str, experts: int, model: str = TINY) -> list[float]:
-        """Scores of what a method left that tunes by itself."""
+    def own(self, method: str, task: str, experts: int, model: str = TINY) -> list[Row]:
+        """What a method left that tunes by itself."""
         found = self.find("methods", model=model, task=task, experts=experts, method=method, tuning="its own")
-        return [row["score"] for row in found if "score" in row]
+        return [row for row in found if "score" in row]
 
-    def tuned(self, method: str, task: str, experts: int, labels: int = MOST_LABELS) -> list[float]:
-        """Scores of leap-tiny after `leap tune`, on test items."""
+    def tuned(self, method: str, task: str, experts: int, labels: int = MOST_LABELS) -> list[Row]:
+        """leap-tiny after `leap tune`, scored on test items."""
         found = self.find("tune", model=TINY, task=task, experts=experts, method=method)
-        return [row["score"] for row in found if method in ("full-model", "untuned") or row["labels"] == labels]
+        return [row for row in found if method in ("full-model", "untuned") or row["labels"] == labels]
 
-    def full(self, task: str, model: str = TINY) -> list[float]:
-        """The full model's score on a task: of the tuning bench, of the methods' bench, else of leap-tiny's own."""
+    def full(self, task: str, model: str = TINY) -> list[Row]:
+        """The full model on a task: of the tuning bench, of the methods' bench, else of leap-tiny's own."""
         found = self.tuned("full-model", task, 64) if model == TINY else []
-        found = found or [row["score"] for row in self.find("methods", model=model, task=task, method="full-model")]
-        last = [row["full"]["score"] for row in self.find("leap-tiny", task=task)][-1:]
+        found = found or self.find("methods", model=model, task=task, method="full-model")
+        last = [row["full"] for row in self.find("leap-tiny", task=task)][-1:]
         return found or (last if model == TINY else [])
 
 
@@ -103,7 +105,15 @@ SHORT = "400 steps, 1,000 items"
 """leap_training.finetune's tuning, as rows call it."""
 
 
-def over_seeds(values: Sequence[float], least: float = 0.0) -> str:
+def over_seeds(found: Sequence[Row]) -> str:
+    """Of rows with a "score" in [0, 1], in %: see spread; of a single one the interval over items, where it has one."""
+    if len(found) == 1 and "interval" in found[0]:
+        low, high = found[0]["interval"]
+        return f"{100 * found[0]['score']:.1f} [{100 * low:.1f}, {100 * high:.1f}] (1)"
+    return spread([row["score"] for row in found])
+
+
+def spread(values: Sequence[float], least: float = 0.0) -> str:
     """Of scores in [0, 1] (differences: ``least`` −1), in %: median, interval, seeds; empty where there is nothing."""
     if len(values) < 3:
         return f"{', '.join(f'{100 * value:.1f}' for value in values)} ({len(values)})" if values else EMPTY

@@ -24,6 +24,7 @@ from table_readers.rows import (
     over_seeds,
     reason,
     sizes,
+    spread,
 )
 
 
@@ -54,7 +55,7 @@ CHOICES = ("no-active-learning", "leap", "answer-doubt")
 
 def labels_needed(rows: Rows) -> Table:
     """LEAP's table 6: labels until a share of the full model's score is reached, random against active learning."""
-    full = statistics.median(rows.full(HARD[0]) or [math.nan])
+    full = statistics.median([row["score"] for row in rows.full(HARD[0])] or [math.nan])
     body = []
     # The last level is ours.
     for text, claim in {**CLAIMS["leap_6"], "0.99": [EMPTY] * 2}.items():
@@ -139,7 +140,7 @@ def _less(rows: Rows, method: str, reference: str, labels: int, experts: int = H
     ]
     if method == reference:
         return "reference" if scores[0] else EMPTY
-    return over_seeds([scores[0][seed] - scores[1][seed] for seed in scores[0].keys() & scores[1].keys()], -1.0)
+    return spread([scores[0][seed] - scores[1][seed] for seed in scores[0].keys() & scores[1].keys()], -1.0)
 
 
 def parts(rows: Rows) -> Table:

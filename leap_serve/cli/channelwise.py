@@ -103,12 +103,8 @@ def _check(args: argparse.Namespace, source: Profile | Checkpoint) -> Profile:
         raise UsageError(args.source, "has no channel sums", "profile again with --channels")
     if len(args.temperature) > 1:
         raise UsageError("--temperature", f"{where} does not search it", "give one value")
-    whole = args.method == "intra" or args.zero
     if args.temperature != (1.0,) and (args.zero or args.on):
         raise UsageError("--temperature", "--zero keeps it, and --on brings its own τ", "leave it out")
-    for flag in ("guard_super_experts", "stop", "lookahead", "measure", "warm", "save_policy", "state", "tensorboard"):
-        if getattr(args, flag):
-            raise UsageError(f"--{flag.replace('_', '-')}", f"means nothing to {args.method}", "leave it out")
-    if whole and (args.top_k is not None or args.allocation != "uniform"):
-        raise UsageError("--top-k, --allocation", f"{where} keeps them as they are", "leave them out")
+    if args.zero and (args.top_k is not None or args.allocation != "uniform"):
+        raise UsageError("--top-k, --allocation", "--zero keeps them as they are", "leave them out")
     return source

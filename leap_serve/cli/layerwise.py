@@ -184,8 +184,6 @@ class _Job:
         args = self.args
         shared = {"allocation": args.allocation, "top_k": args.top_k, "temperature": args.temperature}
         spaces = {label: PruningSpace.of(self.routing, **size, **shared) for label, size in sizes.items()}
-        if args.allocation != "uniform":
-            raise UsageError("--allocation", "hc-smoe merges into equally many experts in every layer", "leave it out")
         items = load_task(args.task).items("train", args.items, args.seed)
         model = self._model()
         ids = model.encode(items)
@@ -223,17 +221,12 @@ class _Job:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse flags that mean nothing to the method."""
-    where, lexi = f"--method {args.method}", args.method == "lexi"
+    where = f"--method {args.method}"
     if len(args.temperature) > 1:
         raise UsageError("--temperature", f"{where} does not search it", "give one value")
-    if args.guard_super_experts:
-        raise UsageError("--guard-super-experts", "is for one-shot methods", "leave it out")
-    if lexi and (args.top_k is not None or (args.on is not None and args.temperature != (1.0,))):
-        raise UsageError("--top-k, --temperature", "lexi chooses top_k, and --on brings its own τ", "leave it out")
-    if not lexi and args.task is None:
+    if args.on is not None and args.temperature != (1.0,):
+        raise UsageError("--temperature", "--on brings its own τ", "leave it out")
+    if args.method != "lexi" and args.task is None:
         raise UsageError(where, "needs --task", f"choose one of {', '.join(TASKS)}")
     if args.items < 1:
         raise UsageError("--items", f"is {args.items}", "give 1 or more")
-    for flag in ("warm", "save_policy", "stop", "lookahead", "measure", "tensorboard"):
-        if getattr(args, flag):
-            raise UsageError(f"--{flag.replace('_', '-')}", f"means nothing to {args.method}", "leave it out")

@@ -15,11 +15,11 @@ from leap_serve.files import check_place, new_folder, write_json
 from leap_serve.plan import Plan
 from leap_serve.profile import Profile
 from leap_serve.provenance import made_by
+from leap_serve.search_flags import ONE_SHOT, READERS, SEARCHES, reads
 from leap_serve.tasks.registry import TASKS
 from leap_serve.workload import Workload
 
 OBSERVED = ("frequency", "gate-mass", "ean", "ean-mean", "ean-weighted", "reap")
-ONE_SHOT = (*OBSERVED, "easy-ep", "magnitude", "random")
 FRONT = "pareto.json"
 GRID = (0.5, 0.707, 1.0, 1.414, 2.0)
 """What ``--temperature search`` chooses from, for each layer."""
@@ -27,7 +27,6 @@ GRID = (0.5, 0.707, 1.0, 1.414, 2.0)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    from leap_training.controls import SEARCHES
     from leap_training.methods.registry import CHANNELWISE, LAYERWISE, TASKWISE
 
     searched = ("leap", *SEARCHES)
@@ -121,7 +120,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Choose, write the plans and show them."""
     from leap_training.methods.registry import CHANNELWISE, LAYERWISE, TASKWISE
 
-    _check_own(args)
+    _check_read(args)
     sizes = _sizes(args)
     _check_out(args, len(sizes))
     source = _source(args.source)
@@ -224,18 +223,15 @@ def _sizes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return dict(given)
 
 
-OWN = {
-    "skip": ("naee", "naee-progressive"), "rank": ("moe-i2",), "zero": ("moe-pruner",), "on": ("lexi", "intra"),
-    "steps": ("tsep",), "train_items": ("tsep",), "tuned": ("tsep",),
-}  # fmt: skip
-"""Flag → the methods that know it."""
-
-
-def _check_own(args: argparse.Namespace) -> None:
-    """Refuse a flag that belongs to another method."""
-    for flag, methods in OWN.items():
-        if getattr(args, flag) is not None and getattr(args, flag) is not False and args.method not in methods:
-            raise UsageError(f"--{flag.replace('_', '-')}", f"means nothing to {args.method}", "leave it out")
+def _check_read(args: argparse.Namespace) -> None:
+    """Refuse a flag that the method would ignore; one that is given its default asks for nothing."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_arguments(parser)
+    defaults = parser.parse_args(["-", "--method", args.method, "--experts", "1", "-o", "-"])
+    names = {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
+    for flag in READERS:
+        if not reads(args.method, flag) and getattr(args, flag) != getattr(defaults, flag):
+            raise UsageError(names[flag], f"means nothing to {args.method}", "leave it out")
     if args.seed < 0:
         raise UsageError("--seed", f"is {args.seed}", "give 0 or more")
 

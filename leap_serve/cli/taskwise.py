@@ -111,9 +111,6 @@ def _check(args: argparse.Namespace, sizes: int) -> None:
         raise UsageError(where, "needs --task", f"choose one of {', '.join(TASKS)}")
     if len(args.temperature) > 1:
         raise UsageError("--temperature", f"{where} does not search it", "give one value")
-    for flag in ("guard_super_experts", "stop", "lookahead", "measure", "warm", "save_policy", "tensorboard"):
-        if getattr(args, flag):
-            raise UsageError(f"--{flag.replace('_', '-')}", f"means nothing to {args.method}", "leave it out")
     if args.tuned is not None and sizes > 1:
         raise UsageError("--tuned", "is for one budget", "give one --budget")
     if args.tuned is not None and args.tuned.exists() and any(args.tuned.iterdir()) and not args.force:

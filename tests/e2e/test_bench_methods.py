@@ -47,7 +47,16 @@ def test_methods_are_scored_before_and_after_the_same_tuning(tmp_path: Path) -> 
 def test_lexis_figures_have_a_row_for_every_way_to_take_away(tmp_path: Path) -> None:
     rows = rows_of("bench_lexi.py", tmp_path)
     speeds = {(row["method"], row["setting"]): row for row in rows if row["bench"] == "lexi-speed"}
-    assert list(speeds) == [("inter", "50 %"), ("intra", "50 %"), ("lexi", "50 %"), ("skip", "β = 1")]
+    assert list(speeds) == [
+        ("inter", "50 %"), ("intra", "50 %"), ("lexi", "50 %"), ("skip", "β = 1"), ("merge", "50 %"), ("map", "87.5 %"),
+        ("uneven", "87.5 %"), ("llama4 inter", "50 %"),
+    ]  # fmt: skip
+    assert speeds["uneven", "87.5 %"]["contenders"][0]["retained"] == [12, 4]
+    assert speeds["merge", "50 %"]["contenders"][0]["retained"] == [32, 32]
+    assert [row["contenders"][1]["top_k"] for row in (speeds["inter", "50 %"], speeds["llama4 inter", "50 %"])] == [
+        [4, 4],
+        [1, 1],
+    ]
     assert speeds["inter", "50 %"]["contenders"][0]["retained"] == [32, 32]
     assert sum(speeds["lexi", "50 %"]["contenders"][0]["top_k"]) == 4
     assert speeds["lexi", "50 %"]["weights_share"] == 1.0 > speeds["intra", "50 %"]["weights_share"]
@@ -67,3 +76,5 @@ def test_memory_is_that_of_a_process_of_its_own(tmp_path: Path) -> None:
     assert list(rows) == ["load", "naee", "intra"]
     for row in rows.values():
         assert row["peak_bytes"] > row["model_bytes"] > 0
+        assert row["peak_bytes"] > row["anonymous_bytes"] > 2**20
+        assert row["inputs_bytes"] == 4 * row["tokens"] * 64 * 2 and row["tokens"] > 50
