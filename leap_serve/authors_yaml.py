@@ -44,6 +44,7 @@ TYPES = {
     "qwen_moe": ("qwen3_moe", "Qwen/Qwen3-235B-A22B"),
 }
 """The authors' model types: what transformers calls them, and the model that each means."""
+MAY_BE_0 = ("warmup_steps",)
 TARGET = ("target_experts", "budget_constraint")
 
 Stages = dict[str, dict[str, Any]]
@@ -68,9 +69,10 @@ def translate(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], l
             stages.setdefault(stage, {"method": "leap"} if stage == "search" else {})
         for key, value in given.items():
             if key in keys:
-                stage, flag = keys[key]
-                problems += [f"{section}.{key} is {value!r}, not a number above 0"] if _number(value) is None else []
-                stages[stage][flag] = _number(value)
+                (stage, flag), number = keys[key], _number(value, zero=key in MAY_BE_0)
+                least = "from 0 on" if key in MAY_BE_0 else "above 0"
+                problems += [f"{section}.{key} is {value!r}, not a number {least}"] if number is None else []
+                stages[stage][flag] = number
     claims, wrong = _model(ours)
     problems += wrong
     if problems:
@@ -161,15 +163,18 @@ def facts(config: Mapping[str, Any], where: object) -> dict[str, int | str]:
         raise CheckpointError(where, f"config.json lacks a size ({error!r})", "restore the file") from None
 
 
-def _number(value: Any) -> int | float | None:
-    """A positive number, also as YAML 1.1 reads 3e-4, namely as text; None where it is none."""
+def _number(value: Any, zero: bool = False) -> int | float | None:
+    """A positive number (``zero``: or 0), also as YAML 1.1 reads 3e-4, namely as text; None where it is none.
+
+    One without a fraction is an int, however it is written, for flags that count.
+    """
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         return None
-    if not (0 < number < math.inf):
+    if not (0 < number < math.inf or (zero and number == 0)):
         return None
-    return int(number) if number.is_integer() and not isinstance(value, float) else number
+    return int(number) if number.is_integer() else number
 
 
 def _shown(value: Any) -> str:

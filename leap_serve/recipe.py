@@ -40,6 +40,8 @@ NEEDS = {
 }  # fmt: skip
 """Every stage, in the order of the line, and the one whose product it takes."""
 STAGES = tuple(NEEDS)
+ON_AND_OFF = ("supervised-router", "active-learning")
+"""Switches of the verbs that are on unless they are turned off."""
 OURS = {"out", "json", "force", "vs", "base", "task", "data", "results", "state", "latency"}
 """Flags that the runner sets itself."""
 VERBS = {"gate": "eval", "load": "profile"}
@@ -207,9 +209,10 @@ def _resolved(recipe: Path, task: Any) -> str:
 
 def as_flag(name: str, value: Any) -> list[str]:
     """A flag of the command line: switches by true and false, lists as several values."""
-    flag = f"--{name.replace('_', '-')}"
+    name = name.replace("_", "-")
+    flag = f"--{name}"
     if isinstance(value, bool):
-        return [flag] if value else []
+        return [flag] if value else [f"--no-{name}"] if name in ON_AND_OFF else []
     if isinstance(value, list):
         return [flag, *map(str, value)]
     return [flag, str(value)]

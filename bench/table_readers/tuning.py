@@ -149,14 +149,14 @@ def parts(rows: Rows) -> Table:
     body = [
         [NAMES[method] if method != "leap" else "all parts", over_seeds(rows.tuned(method, task, experts)),
          _less(rows, method, "leap", MOST_LABELS), *CLAIMS["leap_7"].get(method, (EMPTY,) * 3)]
-        for method in ("leap", "no-rl-router", "no-active-learning", "no-lora", "no-agent")
+        for method in ("leap", "no-rl-router", "no-supervised-router", "no-router", "no-active-learning", "no-lora", "no-agent")
     ]  # fmt: skip
     return Table(
         "LEAP, table 7: each part removed",
         f"leap-tiny, {task}, {experts} of 64 experts, 10,240 labels, 400 steps; score in % on test items.",
         ["configuration", f"{task} %", "less all parts, points", *claimed(QUALITY)],
         body,
-        reason(body, 3, "no rows of bench_tune.py --what parts"),
+        reason(body, 3, "no rows of bench_tune.py --what parts router"),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.resources
 import json
 import shutil
@@ -11,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from leap_serve.cli.console import say, table
 from leap_serve.errors import LeapError, UsageError
@@ -61,7 +62,9 @@ def run_recipe(path: Path, out: Path, again: bool = False) -> dict[str, Any]:
     for state in (SEARCH, TUNE) if again else ():
         shutil.rmtree(out / state, ignore_errors=True)
     done: dict[str, Any] = {}
-    for stage in recipe.plan_of_work(out):
+    work = recipe.plan_of_work(out)
+    check_flags(work)
+    for stage in work:
         before = known.get(stage.name)
         if before and before["key"] == stage.key and (stage.writes is None or (out / stage.writes).exists()):
             say(f"{stage.name}: on record, not run again")
@@ -77,6 +80,22 @@ def run_recipe(path: Path, out: Path, again: bool = False) -> dict[str, Any]:
     return {
         "out": str(out), "report": report["out"], "stages": {name: entry["result"] for name, entry in done.items()},
     }  # fmt: skip
+
+
+def check_flags(work: Sequence[Stage]) -> None:
+    """Raise UsageError where a stage's verb does not take its flags: before the first stage, not hours into the run."""
+    for stage in work:
+        verb, *flags = stage.argv
+        parser = _Parser(stage.name)
+        importlib.import_module(f"leap_serve.cli.{verb.replace('-', '_')}").add_arguments(parser)
+        parser.parse_args(flags)
+
+
+class _Parser(argparse.ArgumentParser):
+    """One whose complaint is ours to report."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"stage {self.prog}", message, "correct the recipe; leap VERB --help lists a stage's flags")
 
 
 def _run_stage(stage: Stage, out: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from families import make_checkpoint
 from leap_serve.authors_yaml import facts
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli import search, tune
-from leap_serve.cli.run import bundled
+from leap_serve.cli.run import bundled, check_flags
 from leap_serve.errors import LeapError, UsageError
 from leap_serve.recipe import Recipe
 
@@ -128,6 +128,14 @@ def test_what_is_wrong_is_said(tmp_path: Path, change: tuple[str, str], message:
         Recipe.load(write(tmp_path, README.replace(*change) + "task: toy-gsm\n"))
 
 
+def test_counts_are_ints_however_they_are_written_and_no_warmup_is_none(tmp_path: Path) -> None:
+    text = README.replace("gradient_accumulation: 16", "gradient_accumulation: 2.0").replace(
+        "warmup_steps: 100", "warmup_steps: 0"
+    )
+    found = flags("tune", Recipe.load(write(tmp_path, text + "task: toy-gsm\n")))
+    assert (found["accumulate"], found["batch"], found["lr_warmup"]) == (2, 16, 0)
+
+
 def test_a_verbs_own_flags_go_before_the_sections(tmp_path: Path) -> None:
     own = "task: toy-gsm\nsearch: {budget: 0.5, episodes: 20}\ntune: {labels: 64, rounds: 2}\n"
     recipe = Recipe.load(write(tmp_path, README + own))
@@ -166,6 +174,8 @@ def test_recipes_hold_the_papers_settings(name: str) -> None:
     found = flags("tune", recipe)
     assert (found["rounds"], found["labels"]) == (10, 1024)
     assert (found["steps"], found["batch"], found["accumulate"]) == (5000, 128, 16)
+    assert (found["uncertainty"], found["diversity"], found["candidates"]) == ("entropy", "nearest", 0), "eq. 15-17"
+    check_flags(recipe.plan_of_work(Path("out")))
     if name == "leap-tiny":
         recipe.check_model()
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from leap_serve.errors import LeapError
+from leap_serve.cli import main
+from leap_serve.cli.run import check_flags
+from leap_serve.errors import LeapError, UsageError
 from leap_serve.recipe import Recipe
 
 GOOD = """
@@ -143,6 +145,10 @@ def test_a_task_file_is_found_from_the_recipes_folder(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("model: m\ntask: t\nprofile: {}\nsearch: {}\ncut: {}\nexport: {}", "export needs tune"),
+        (
+            "model: m\ntask: t\nprofile: {}\nsearch: {}\ncut: {}\ntune: {baseline: full}\nexport:",
+            "export has nothing to merge after tune.baseline full, which writes whole weights: leave it out",
+        ),
         ("model: m\ntask: t\nprofile: {task: x}", "profile.task is set by the run itself"),
         ("[1]", "not a mapping"),
         ("model: [", "not readable YAML"),
@@ -161,3 +167,39 @@ def test_a_task_file_is_found_from_the_recipes_folder(tmp_path: Path) -> None:
 def test_what_is_wrong_is_said(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(LeapError, match=message):
         Recipe.load(write(tmp_path, text))
+
+
+def test_switches_that_are_on_are_turned_off_by_false(tmp_path: Path) -> None:
+    tune = "tune: {supervised_router: false, active-learning: false, no-lora: false, checkpointing: true}\n"
+    argv = Recipe.load(write(tmp_path, GOOD + tune)).plan_of_work(Path("out"))[3].argv
+    assert [word for word in argv if word.startswith("--no-") or word == "--checkpointing"] == [
+        "--no-supervised-router", "--no-active-learning", "--checkpointing",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("tune: {roundz: 4}", "stage tune: unrecognized arguments: --roundz 4; correct the recipe"),
+        ("tune: {rounds: many}", "stage tune: argument --rounds: invalid int value: 'many'"),
+        ("load: {limit: 1.5}", "stage load: argument --limit"),
+    ],
+)
+def test_flags_that_a_verb_does_not_take_are_refused_before_the_first_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, said: str
+) -> None:
+    path, out = write(tmp_path, f"{GOOD}{change}\n"), tmp_path / "run"
+    with pytest.raises(UsageError, match=said):
+        check_flags(Recipe.load(path).plan_of_work(out))
+    assert main(["run", str(path), "-o", str(out)]) == 2 and said in capsys.readouterr().err
+    assert not list(out.iterdir())
+
+
+def test_a_search_that_keeps_a_state_gets_a_place_for_it(tmp_path: Path) -> None:
+    for method, keeps in (("evolution", True), ("tsep", True), ("lexi", True), ("frequency", False)):
+        argv = (
+            Recipe.load(write(tmp_path, GOOD.replace("method: reap", f"method: {method}")))
+            .plan_of_work(Path("out"))[1]
+            .argv
+        )
+        assert ("--state" in argv) is keeps, method

@@ -26,6 +26,7 @@ from leap_serve.profile import Profile
 from leap_serve.report import write_report
 from leap_serve.report.collect import collect
 from leap_serve.report.figures import trade_offs
+from leap_serve.report.read import tuning
 from leap_serve.report.scale import Scale, figure, spread_apart
 from leap_serve.statistics import wilson
 from leap_training.pruning_agent import Agent, AgentConfig, search
@@ -336,3 +337,11 @@ def test_numbers_and_places() -> None:
     ordered = sorted(moved)
     assert all(late - early >= 12.9 for early, late in itertools.pairwise(ordered))
     assert [sorted(moved).index(place) for place in moved] == [1, 2, 0, 3]
+
+
+def test_a_run_that_changed_nothing_says_so(run: tuple[Path, Plan]) -> None:
+    made = json.loads((run[0] / "checkpoint" / "tune.json").read_text())
+    assert not any("emptied" in note or "changes nothing" in note for note in tuning(made, "one", None).notes)
+    made |= {"best_round": 0, "router": made["router"] | {"adapters_kept": False}}
+    notes = " ".join(tuning(made, "one", None).notes)
+    assert "so they were emptied" in notes and "what was written changes nothing" in notes
