@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,8 +14,9 @@ from leap_serve.cli.console import noted_bar, say, table
 from leap_serve.cut.write import check_destination
 from leap_serve.errors import UnsupportedError, UsageError
 from leap_serve.files import check_place, new_folder
-from leap_serve.tasks.base import fingerprint
-from leap_serve.tasks.registry import PUBLISHED, TASKS, items_from_file, load_task
+from leap_serve.tasks.base import Item, Task, fingerprint
+from leap_serve.tasks.registry import NAMES, PUBLISHED, items_from_file, load_task
+from leap_serve.tasks.rows import MissingSplitError
 from leap_serve.tasks.user import UserTask
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 CODE = ("humaneval", "mbpp")
 FEWEST = 20
 """Held-out items below which the router's test can hardly be won: five that all are better are the least there is."""
+UNTESTED = "no test items are known, so none could be kept out of the pool"
 BASELINES: dict[str, Literal["none", "logits", "experts"]] = {
     "vanilla": "none", "full": "none", "kd": "logits", "kd-experts": "experts",
 }  # fmt: skip
@@ -35,11 +37,13 @@ BASELINES: dict[str, Literal["none", "logits", "experts"]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     parser.add_argument("checkpoint", help="a cut checkpoint")
-    parser.add_argument("--task", help=f"one of {', '.join([*TASKS, *PUBLISHED])}")
-    parser.add_argument("--data", type=Path, help="JSON Lines of {prompt, answer} or {text}, 5 %% held out")
+    parser.add_argument("--task", help=f"one of {', '.join(NAMES)}, or a task file (.yaml)")
+    parser.add_argument(
+        "--data", type=Path, help="JSON Lines of {prompt, answer} or {text}; 5 %% held out, at most twice --held-out"
+    )
     parser.add_argument("-o", "--out", type=Path, help="tune a copy (default: write beside the checkpoint's weights)")
     parser.add_argument("--force", action="store_true", help="replace --out, or the tuned parts that are there")
-    parser.add_argument("--state", type=Path, help="folder to resume from (default: CKPT.tune, gone at the end)")
+    parser.add_argument("--state", type=Path, help="folder to resume from (default: RESULT.tune, gone at the end)")
     labels = parser.add_argument_group("labels and steps (defaults: 10 rounds of 1,024 labels, the paper's)")
     labels.add_argument("--rounds", type=int, default=10)
     labels.add_argument("--labels", type=int, default=1024, help="items labelled in each round (B)")
@@ -69,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parts.add_argument(
         "--diversity", default="k-means++", choices=("nearest", "k-means++", "none"), help="the paper: nearest"
     )
+    parts.add_argument("--al-temperature", type=float, default=1.0, help="T of eq. 16, of entropy and margin (default 1)")
     parts.add_argument(
         "--candidates", type=int, default=24, help="items judged for each one chosen; 0, as the paper: all"
     )
@@ -231,8 +236,12 @@ def _tuner(args: argparse.Namespace, source: Path) -> Tuner:
             f"only {len(data.router)} items judge whether the tuned router stays, and {len(data.stopping)} when to stop: "
             f"with fewer than {FEWEST} it goes unless it is better on nearly all of them; hold more out"
         )
-    state = args.state or source.parent / f"{source.name}.tune"
-    return Tuner(source, data, config, state)
+    return Tuner(source, data, config, args.state or _state_beside(args.out or source))
+
+
+def _state_beside(result: Path) -> Path:
+    """Return where a run keeps its state unless told: by its result, so that two runs of one cut do not share it."""
+    return result.absolute().parent / f"{result.absolute().name}.tune"
 
 
 def _config(args: argparse.Namespace, source: Path) -> TuneConfig:
@@ -258,7 +267,8 @@ def _config(args: argparse.Namespace, source: Path) -> TuneConfig:
                             latency_coef=args.latency_coef, **_price(args, source)),
         exploration=Exploration(args.exploration, args.noise, args.epsilon),
         acquisition=Acquisition(strategy="active" if chosen and not rival else "random", uncertainty=args.uncertainty,
-                                diversity=args.diversity, div_coef=args.div_coef, candidates=args.candidates),
+                                diversity=args.diversity, div_coef=args.div_coef, candidates=args.candidates,
+                                al_temperature=args.al_temperature),
     )  # fmt: skip
 
 
@@ -273,17 +283,20 @@ def _price(args: argparse.Namespace, source: Path) -> dict[str, Any]:
         return {}
     from leap_training.latency import LatencyModel
 
-    model, plan = LatencyModel.load(args.latency), Checkpoint.open(source).plan
-    if model.form == "counts":
-        what = "knows the number of experts, not how many are read"
-        raise UsageError(args.latency, what, "calibrate with another form")
-    if plan is not None and plan.base.sha256 != model.base_sha256:
+    found, plan = LatencyModel.load(args.latency), Checkpoint.open(source).plan
+    assert plan is not None  # _source saw it
+    if plan.base.sha256 != found.base_sha256:
         raise UsageError(args.latency, f"was measured on another model than {plan.base.id}", "calibrate on this one")
+    model = found.of_reads(plan)
+    again = "" if model is found else f", fitted again as {model.form} since {found.form} gives a read no price"
     say(
-        f"latency model of {model.workload.batch} tokens a step: off by {100 * model.mape[model.form]:.1f} % on "
+        f"latency model of {model.workload.batch} tokens a step{again}: off by {100 * model.mape[model.form]:.1f} % on "
         f"{model.held_out} plans it was not fitted to"
     )
-    return {"latency_per_read": model.coefficients[1:-1], "latency_batch": model.workload.batch}
+    prices = model.coefficients[1:-1]
+    if args.latency_coef > 0 and not any(prices):
+        say("by this calibration an expert read costs nothing, so --latency-coef changes nothing")
+    return {"latency_per_read": prices, "latency_batch": model.workload.batch}
 
 
 def _data(args: argparse.Namespace) -> TuneData:
@@ -296,8 +309,7 @@ def _data(args: argparse.Namespace) -> TuneData:
         return _from_file(args)
     task = load_task(args.task, args.data)
     stopping, router = (validation_part(task, name, args.held_out, args.seed) for name in ("stopping", "router"))
-    untested = isinstance(task, UserTask) and "test" not in task.source.splits
-    tests = [] if untested else task.items("test", None, args.seed)
+    tests = _tests(task, args.seed)
     held_out = {fingerprint(item) for item in (*stopping, *router)}
     items = task.items("train", args.pool, args.seed)
     pool = [item for item in items if fingerprint(item) not in held_out]
@@ -310,6 +322,17 @@ def _data(args: argparse.Namespace) -> TuneData:
             what = f"has no validation item for {name}, one of three parts that its validation items are dealt to"
             raise UsageError(args.task, what, "give it more of them")
     return TuneData(pool, tests, stopping, router)
+
+
+def _tests(task: Task, seed: int) -> list[Item]:
+    """Return the task's test items, to keep them out of the pool; where its rows hold none, this is said."""
+    tests: list[Item] = []
+    if not isinstance(task, UserTask) or "test" in task.source.splits:
+        with suppress(MissingSplitError):
+            tests = task.items("test", None, seed)
+    if not tests:
+        say(UNTESTED)
+    return tests
 
 
 def _shorter(data: TuneData, folder: Path, longest: int) -> TuneData:
@@ -335,13 +358,17 @@ def _shorter(data: TuneData, folder: Path, longest: int) -> TuneData:
 
 
 def _from_file(args: argparse.Namespace) -> TuneData:
-    """5 % of the user's items are held out, the rest is cut to --pool; which ones follows from their text, not their order."""
+    """5 % of the user's items are held out, at most --held-out for each part, the rest is cut to --pool.
+
+    Which ones follows from their text, not their order.
+    """
     from leap_training.tune_config import TuneData
 
     items = list({fingerprint(item): item for item in items_from_file(args.data)}.values())
-    held = sorted(items, key=fingerprint)[: max(2, len(items) // 20)]
+    held = sorted(items, key=fingerprint)[: min(max(2, len(items) // 20), 2 * args.held_out)]
     names = {fingerprint(item) for item in held}
     pool = [item for item in items if fingerprint(item) not in names]
     if not pool:
         raise UsageError(args.data, f"holds {len(items)} different items", "give at least 3")
+    say(UNTESTED)
     return TuneData(sorted(pool, key=fingerprint)[: args.pool], [], held[0::2], held[1::2])

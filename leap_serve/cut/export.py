@@ -2,7 +2,7 @@
 
 What ``leap export`` writes is served like any cut: with a uniform plan by stock vLLM and stock transformers,
 without plugin and without PEFT. The sum is computed in fp32 and rounded to the checkpoint's dtype (weights/merge.py),
-exactly as the plugin merges when it loads the tuned cut.
+exactly as the plugin merges when it loads the tuned cut. A cut without tuned parts is written as it is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from leap_serve import provenance
 from leap_serve.adapter import describe_overlays, plain_name
 from leap_serve.checkpoint import INDEX, MANIFEST, Checkpoint, check_cut
 from leap_serve.cut.write import check_destination, check_space, copy_others, whole_folder
-from leap_serve.errors import UsageError
 from leap_serve.files import write_bytes, write_json
 from leap_serve.weights.overlays import ADAPTER_FOLDER, ROUTER_HEAD, data_sha256
 
@@ -65,7 +64,7 @@ def export(
     fingerprint and names what was merged, so that the same parts are refused if laid beside it once more.
 
     Args:
-        folder: a cut with a router head, an adapter, or both.
+        folder: a cut with a router head, an adapter, both, or neither, as tuning leaves it where it gained nothing.
         out: the new folder; refused if it is not empty, unless ``force``.
         progress: called with (changed tensors done, changed tensors in all).
 
@@ -79,8 +78,6 @@ def export(
     check_destination(folder, out)
     source = Checkpoint.open(folder)
     check_cut(source)
-    if not source.overlays:
-        raise UsageError(folder, "has neither a router head nor an adapter to merge", "serve it as it is")
     assert source.plan is not None  # check_cut saw it
     check_space(out, source.weight_bytes)
     merge, architecture = Merge(source), plain_name(source)
@@ -129,8 +126,10 @@ def _merged_bytes(merge: Merge, entry: TensorEntry) -> bytes:
 
 
 def _manifest(source: Checkpoint) -> dict[str, Any]:
-    """Return leap.json: the cut's own, and what was merged."""
+    """Return leap.json: the cut's own, and what was merged, if anything: without it the weights are still the base's."""
     manifest = copy.deepcopy(dict(source.manifest or {}))
+    if not source.overlays:
+        return manifest
     manifest.setdefault("checkpoint", {})["exported"] = {
         "merged": {path.relative_to(source.folder).as_posix(): data_sha256(path) for path in source.overlays},
         "tuned": describe_overlays(source),

@@ -26,6 +26,10 @@ Data = Path | Mapping[Split, Path]
 """A file, a folder of files named after task and split, or a file for each split."""
 
 
+class MissingSplitError(LeapError):
+    """Files that hold no row of a split; those of another may be there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """A published data set.
@@ -86,8 +90,10 @@ class Source:
             found = True
             yield where, row
         if not found:
-            raise LeapError(
-                data[split] if isinstance(data, Mapping) else data, f"holds no {split} rows of {self.task}",
+            # A file that was named for the split is a mistake where it is empty; a file or folder may just be without it.
+            file, error = (data[split], LeapError) if isinstance(data, Mapping) else (data, MissingSplitError)
+            raise error(
+                file, f"holds no {split} rows of {self.task}",
                 f'name the file {self.task}_{split}.jsonl, or give its rows the field "split"',
             )  # fmt: skip
 

@@ -21,6 +21,7 @@ from leap_serve.cli import main
 from leap_serve.cut.write import cut
 from leap_serve.engine import mean_loss
 from leap_serve.engines.torch_engine import TorchEngine
+from leap_serve.engines.vllm_engine import VllmEngine
 from leap_serve.tasks.registry import load_task
 from leap_training.splits import validation_part
 
@@ -107,9 +108,13 @@ def test_a_killed_run_continues_to_the_same_curve_and_two_processes_agree(even_c
 
 @pytest.mark.slow
 def test_two_processes_roll_out_their_own_rows_and_learn_one_router(even_cut: Path, tmp_path: Path) -> None:
-    """The value baseline and the routers move by both processes' samples; a process without rows is refused."""
+    """The value baseline and the routers move by both processes' samples; a process without rows is refused.
+
+    Five rows in three parts: one process rolls out three parts, the other two, and 2,048 does not divide by 3.
+    """
     out = tmp_path / "two"
-    line = command(even_cut, "--router-warmup", "4", "-o", str(out), launcher=two_processes())
+    uneven = ("--batch", "5", "--accumulate", "3", "--router-warmup", "4")
+    line = command(even_cut, *uneven, "-o", str(out), launcher=two_processes())
     assert subprocess.run(line, env=ENVIRONMENT, timeout=600).returncode == 0
     for row in curve_of(out):
         assert row["router"]["updates"] >= 1 and row["router"]["kl_sliced"] > 0
@@ -141,13 +146,22 @@ def test_what_is_left_beside_the_cut_exports_to_what_was_measured(
 
 
 def test_a_baseline_writes_a_plain_checkpoint(even_cut: Path, leap_tiny: Path, tmp_path: Path) -> None:
+    """A cut to leap, its fingerprint in every part, and a model like any other to vLLM's own loader."""
     out = tmp_path / "kd"
     assert main(command(even_cut, "--baseline", "kd-experts", "--teacher", str(leap_tiny), "-o", str(out))[3:]) == 0
     assert Checkpoint.open(out).num_experts == 16 and not Checkpoint.open(out).overlays
     report = json.loads((out / "tune.json").read_text())
     assert report["config"]["distill"] == "experts" and report["labels"] == 16
     items = load_task("toy-code").items("validation", 4)
-    assert mean_loss(engine_scores(out, items)) < mean_loss(engine_scores(even_cut, items))
+    scores = engine_scores(out, items)
+    assert mean_loss(scores) < mean_loss(engine_scores(even_cut, items))
+    assert main(["verify", str(out)]) == 0
+    assert Checkpoint.open(out).config["architectures"] == ["Qwen3MoeForCausalLM"]
+    engine = VllmEngine(str(out), dtype="float32", kv_cache_gib=0.5)
+    try:
+        assert mean_loss(engine.score(items)) == pytest.approx(mean_loss(scores), abs=1e-3)
+    finally:
+        engine.close()
 
 
 def test_refusals_come_before_any_model_is_loaded(

@@ -15,7 +15,7 @@ from leap_serve.engines.torch_engine import TorchEngine
 from leap_serve.errors import LeapError, PlanError
 from leap_serve.workload import Workload
 from leap_training import latency
-from leap_training.latency import DECODE, LatencyModel, distinct, fit, nnls, sample_plans
+from leap_training.latency import DECODE, READS, LatencyModel, distinct, fit, nnls, sample_plans
 from leap_training.pruning_space import PruningSpace
 from leap_training.saliency import Routing
 
@@ -90,6 +90,25 @@ def test_held_out_plans_take_no_part_in_the_fit(space: PruningSpace) -> None:
     one, two = (fit(plans, found, DECODE, 1.0, held_out=3) for found in (ratios, other))
     assert (one.form, one.coefficients) == (two.form, two.coefficients)
     assert one.mape != two.mape
+
+
+def test_where_counts_are_best_reads_are_priced_by_the_better_form_that_knows_them(
+    space: PruningSpace, tmp_path: Path
+) -> None:
+    plans = sample_plans(space, 16)
+    ratios = np.array([0.2 + 0.02 * sum(plan.counts) for plan in plans])
+    model = fit(plans, ratios, DECODE, 10.0, held_out=4, seed=7)
+    assert model.form == "counts"
+    model.save(tmp_path / "latency.json")
+    found = LatencyModel.load(tmp_path / "latency.json").of_reads(plans[-1])
+    wanted = fit(plans, ratios, DECODE, 10.0, 4, READS)
+    assert found.form in READS and (found.form, found.coefficients) == (wanted.form, wanted.coefficients)
+    assert found.mape[found.form] == model.mape[found.form] > model.mape["counts"]
+    assert found.made_by == LatencyModel.load(tmp_path / "latency.json").made_by
+    assert found.of_reads(plans[0]) is found
+    for bad in ({}, {"plans": [{"counts": [1], "top_k": [1], "ratio": 1.0}]}, {"plans": [{**model.made_by["plans"][0], "ratio": "x"}]}):  # fmt: skip
+        with pytest.raises(LeapError, match="does not hold the counts, top_k and ratio of each plan"):
+            replace(model, made_by=bad).of_reads(plans[0])
 
 
 def test_calibrated_on_a_real_engine_saved_and_read_again(model: Path, space: PruningSpace, tmp_path: Path) -> None:

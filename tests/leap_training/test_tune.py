@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,30 +19,16 @@ from leap_serve.cut.write import cut
 from leap_serve.errors import CheckpointError, LeapError, UsageError
 from leap_serve.tasks.base import Item
 from leap_serve.tasks.registry import load_task
-from leap_training.active_learning import Acquisition
+from leap_training.active_learning import BY_ANSWER, Acquisition
 from leap_training.batches import Batch, collate
 from leap_training.distill import Teacher
-from leap_training.routing_agent import RouterConfig
-from leap_training.tune import Tuner
+from leap_training.tune import Tuner, dealt
 from leap_training.tune_config import TuneConfig, TuneData
 from leap_training.tune_result import keep_router, report_of, sign_flip_test, signed_ranks, write_tuned
 from leap_training.tune_state import STATE
 from parity import uneven_plan
 from tiny_tokenizer import talking_copy
-
-SMALL = TuneConfig(
-    rounds=2, labels=12, steps=6, batch=4, rank=2, router_warmup=1, router_every=2, save_every=1, patience=0,
-    router=RouterConfig(tokens=64, minibatch=32, ppo_epochs=2), learning_rate=1e-2, lr_warmup=2,
-)  # fmt: skip
-
-
-def some_items(count: int, seed: int) -> list[Item]:
-    draw = random.Random(seed)
-    texts = ["".join(draw.choices("abcdefgh", k=draw.randint(3, 7))) for _ in range(count)]
-    return [Item(f"{seed}/{n}", text, f" {text[::-1]}") for n, text in enumerate(texts)]
-
-
-DATA = TuneData(some_items(40, 0), some_items(5, 9), some_items(8, 1), some_items(30, 2))
+from tune_runs import DATA, SMALL, tuned
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +37,6 @@ def small_cut(family_checkpoint: Callable[[str], Path], tmp_path_factory: pytest
     whole = talking_copy(family_checkpoint("qwen3_moe"), folder / "whole")
     cut(whole, plan_for(whole, lambda layer: (0, 2, 3, 5, 7)), folder / "cut")
     return folder / "cut"
-
-
-def tuned(folder: Path, config: TuneConfig = SMALL, state: Path | None = None) -> Tuner:
-    tuner = Tuner(folder, DATA, config, state)
-    tuner.run()
-    return tuner
 
 
 def changed(tuner: Tuner, folder: Path) -> set[str]:
@@ -74,8 +53,8 @@ class Killed(Exception):
 def killing(after: int) -> Callable[[int, int, str], None]:
     """A report of progress that ends the run after so many ticks."""
 
-    def kill(done: int, _total: int, _note: str) -> None:
-        if done == after:
+    def kill(done: int, _total: int, note: str) -> None:
+        if done == after and not note.startswith("scoring"):
             raise Killed
 
     return kill
@@ -148,7 +127,7 @@ def test_a_teacher_keeps_adapters_and_router_nearer_to_the_full_model(small_cut:
         teacher = Teacher(whole, tuner.base, tuner.checkpoint.family, {}, "logits")
         return float(teacher(batch, logits, float(batch.weights[:, 1:].sum())))
 
-    alone = replace(SMALL, steps=30, patience=0)
+    alone = replace(SMALL, steps=30, patience=0, acquisition=BY_ANSWER)
     assert apart(replace(alone, distill="logits", teacher=str(whole))) < 0.7 * apart(alone)
 
 
@@ -248,6 +227,37 @@ def test_no_step_passes_more_items_at_once_than_accumulation_allows(small_cut: P
     tuner.item_losses(DATA.stopping)
     assert set(rows) == {2} and len(rows) == 2 * 4 + 4 + len(DATA.stopping) // 2
     assert all(np.isfinite(value) for value in found.values())
+    # The pool, too: 40 prompts, each pair of which decodes an answer of at least one token.
+    rows.clear()
+    tuner._label()
+    assert set(rows) == {2} and len(rows) >= 2 * len(DATA.pool) // 2
+
+
+@pytest.mark.parametrize("tokens", [64, 2])
+def test_processes_gather_equally_many_samples_however_their_rows_divide(small_cut: Path, tokens: int) -> None:
+    """Five rows on two processes, in three parts: three parts of one row, and two of one; 64 divides by 2 alone."""
+    assert [dealt(5, 3), dealt(2, 3), dealt(64, 2)] == [[1, 2, 2], [0, 1, 1], [32, 32]]
+    router = replace(SMALL.router, tokens=tokens)
+    tuner = Tuner(small_cut, DATA, replace(SMALL, batch=5, accumulate=3, router=router))
+    batch = collate(tuner.tokenizer, DATA.pool[:5], 0.0)
+    for rank in (0, 1):
+        own = Batch(*(t[rank::2] for t in batch))
+        rollout, metrics = tuner._rollout(own, torch.Generator().manual_seed(rank))
+        sizes = {len(part) for part in (rollout.observations, rollout.actions, rollout.logprobs, rollout.values,
+                                        rollout.advantages, rollout.returns)}  # fmt: skip
+        assert sizes == {tokens} and all(np.isfinite(value) for value in metrics.values())
+
+
+def test_scoring_the_pool_reports_counts_of_its_own(small_cut: Path) -> None:
+    """A bar that follows them moves while no tick passes; the run's own counts go on behind it."""
+    seen: list[tuple[int, int, str]] = []
+    tuner = Tuner(small_cut, DATA, SMALL)
+    tuner.run(lambda *told: seen.append(told))
+    for number, pool in ((1, 40), (2, 28)):
+        scored = [told[:2] for told in seen if told[2] == f"scoring the pool for round {number}"]
+        assert scored == [(done, pool) for done in range(0, pool + 1, SMALL.batch)]
+    ticks = [told[:2] for told in seen if not told[2].startswith("scoring")]
+    assert ticks == [(tick, tuner.total) for tick in range(1, tuner.total + 1)]
 
 
 def test_minibatches_visit_every_labelled_item_once_per_epoch(small_cut: Path) -> None:

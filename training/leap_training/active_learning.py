@@ -39,8 +39,8 @@ class Acquisition:
         uncertainty: u(x): "entropy" of the routers (eq. 15), "margin" between their two most probable experts
             (1 − p₍₁₎ + p₍₂₎), "output" (mean entropy of the model's next-token distribution over the prompt),
             "answer" (mean −log p of the tokens of the model's own greedy answer: no label, but decoding), or "none".
-        diversity: "nearest" is Div(B) of eq. 17; "k-means++" draws items with probability u(x)·d(x, B)², as
-            BADGE does (Ash et al. 2020); "none" takes the highest u.
+        diversity: "nearest" is Div(B) of eq. 17; "k-means++" draws items with probability (u(x) − min u)·d(x, B)²,
+            after BADGE (Ash et al. 2020), whose distances themselves grow with the uncertainty; "none" takes the highest u.
         layers: u(x) and h(x) of all MoE layers (ours; the paper does not say), the first or the last alone.
         div_coef: η of eq. 17.
         al_temperature: T of eq. 16.

@@ -88,7 +88,12 @@ def _grown(
 
 
 def k_means_plus_plus(u: torch.Tensor, h: torch.Tensor, k: int, random: np.random.Generator) -> list[int]:
-    """Draw k items one by one with probability ∝ u·d², d the distance to those drawn so far."""
+    """Draw k items one by one with probability ∝ (u − min u)·d², d the distance to those drawn so far, at first 1.
+
+    A constant added to u thus changes no draw: where all u lie close together and far above 0, as entropies of routers
+    may, u·d² would be hardly more than d². The 1e-6 leaves the least uncertain item a chance, and lets d² alone decide
+    where all are equally uncertain.
+    """
     weight = (u - u.min() + 1e-6).numpy()
     closest = torch.full((len(u),), 1.0)
     chosen: list[int] = []

@@ -12,7 +12,7 @@ predicts better. Machines drift: every plan is measured between two measurements
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ FORMS: Mapping[str, Callable[[Plan, int], list[float]]] = {
     "counts": lambda plan, _: [1.0, float(sum(plan.counts)), _chosen(plan)],
 }
 """Name → features of a plan at a batch size; "counts" is the plain linear model, for comparison and where it is better."""
+READS = ("distinct", "distinct-per-layer")
+"""The forms in which an expert read has a price."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,32 @@ class LatencyModel:
         if plan.base.sha256 != self.base_sha256 or len(features) != len(self.coefficients):
             raise PlanError("latency", f"was measured on another model than {plan.base.id}", "calibrate on this one")
         return float(np.dot(features, self.coefficients))
+
+    def of_reads(self, like: Plan) -> LatencyModel:
+        """This model, or where its form is none of READS the better of these, fitted to the same measurements.
+
+        Args:
+            like: any plan of the model that was measured.
+
+        Raises LeapError where this model does not hold what was measured.
+        """
+        if self.form in READS:
+            return self
+        try:
+            measured = self.made_by["plans"]
+            ratios = np.array([float(one["ratio"]) for one in measured])
+            # Which experts a plan retains has no part in a form, so the first ones stand for them.
+            plans = [
+                Plan(like.base, like.num_experts, {
+                    layer: LayerPlan(tuple(range(count)), top_k)
+                    for layer, count, top_k in zip(like.layers, one["counts"], one["top_k"], strict=True)
+                }) for one in measured
+            ]  # fmt: skip
+        except (KeyError, TypeError, ValueError, PlanError) as error:
+            what = f"does not hold the counts, top_k and ratio of each plan of this model ({error!r})"
+            raise LeapError("latency model", what, "calibrate again") from None
+        found = fit(plans, ratios, self.workload, self.full_tpot_ms, self.held_out, READS)
+        return replace(found, made_by=self.made_by)
 
     def save(self, path: Path) -> None:
         """Write it as JSON, atomically."""
@@ -139,12 +167,16 @@ def calibrate(
 
 
 def fit(
-    plans: Sequence[Plan], ratios: Array, workload: Workload, full_tpot_ms: float, held_out: int, **record: Any
-) -> LatencyModel:
-    """Fit measured ratios [P]; the last ``held_out`` plans take no part, neither in a fit nor in the choice of its form."""
+    plans: Sequence[Plan], ratios: Array, workload: Workload, full_tpot_ms: float, held_out: int,
+    forms: Iterable[str] = FORMS, **record: Any,
+) -> LatencyModel:  # fmt: skip
+    """Fit measured ratios [P] by the best of some forms.
+
+    The last ``held_out`` plans take no part, neither in a fit nor in the choice of its form.
+    """
     _check_sizes(len(plans), held_out)
     known = len(plans) - held_out
-    tables = {name: np.array([features(plan, workload.batch) for plan in plans]) for name, features in FORMS.items()}
+    tables = {name: np.array([FORMS[name](plan, workload.batch) for plan in plans]) for name in forms}
     form = min(tables, key=lambda name: _leave_one_out(tables[name][:known], ratios[:known]))
     fits = {name: nnls(table[:known], ratios[:known]) for name, table in tables.items()}
     mape = {name: _mape(table[known:] @ fits[name], ratios[known:]) for name, table in tables.items()}

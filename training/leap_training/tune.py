@@ -23,8 +23,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.engines.torch_cut import load_model
-from leap_serve.errors import LeapError, UsageError
+from leap_serve.errors import LeapError, UnsupportedError, UsageError
 from leap_serve.tasks.base import Item
+from leap_serve.weights.overlays import MERGEABLE
 from leap_training.active_learning import Pool, collect
 from leap_training.adapters import wrap
 from leap_training.batches import Batch, collate, token_losses, use_fast_experts
@@ -36,6 +37,7 @@ from leap_training.tune_config import RATE_AT_WIDTH_1, TuneConfig, TuneData
 from leap_training.tune_state import copy_into, load_optimizer, optimizer_tensors, read_state, write_state
 
 Report = Callable[[int, int, str], None]
+"""Called with (done, in all, what): ticks of the run or, while a batch of labels is chosen, prompts that are scored."""
 
 
 @dataclass(slots=True)
@@ -60,6 +62,11 @@ class Progress:
     stopped: bool = False
 
 
+def dealt(total: int, parts: int) -> list[int]:
+    """Whole numbers that differ by 1 at most and sum to ``total``, one per part: 5 in 3 parts are 1, 2, 2."""
+    return [total * (n + 1) // parts - total * n // parts for n in range(parts)]
+
+
 class Tuner:
     """One tuning run of one checkpoint; ``state`` is the folder it can be resumed from."""
 
@@ -71,6 +78,8 @@ class Tuner:
             what = f"{config.batch} items in a step for {self.accelerator.num_processes} processes"
             raise UsageError("--batch", what, "give each process at least one")
         self.checkpoint = Checkpoint.open(folder)
+        if config.experts == "full":
+            self._check_unpacked()
         self.pool = Pool(data.pool, data.tests)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         base: Any = load_model(self.checkpoint, getattr(torch, config.dtype)).to(self.accelerator.device)
@@ -103,6 +112,13 @@ class Tuner:
         self.progress = Progress()
         self.best: dict[str, torch.Tensor] = {}
         self._resume()
+
+    def _check_unpacked(self) -> None:
+        """Refuse, before the run, to tune weights that could not be written back as the cut holds them."""
+        for name, entry in self.checkpoint.tensors.items():
+            if self.checkpoint.role(name).kind != "other" and entry.dtype not in MERGEABLE:
+                what = f"is quantised ({name} is {entry.dtype}), and tuned whole weights are written as the cut's are"
+                raise UnsupportedError(self.checkpoint.folder, what, "tune it without --baseline")
 
     @property
     def tuned(self) -> dict[str, torch.Tensor]:
@@ -171,13 +187,16 @@ class Tuner:
         features = None
 
         def show(done: int, total: int) -> None:
+            # Counts of its own, not the run's: scoring may take minutes in which no tick passes.
             if report is not None:
-                report(self.progress.tick, self.total, f"scoring the pool, {done} of {total}")
+                report(done, total, f"scoring the pool for round {self.pool.rounds + 1}")
 
         labels, seed = self.config.labels, self.config.seed
         if how.strategy != "random":
             candidates = self.pool.candidates(labels, how, seed)
-            features = collect(self.model, self.tokenizer, candidates, how, progress=show)
+            show(0, len(candidates))
+            rows = self._rows(self.config.batch)
+            features = collect(self.model, self.tokenizer, candidates, how, batch=rows, progress=show)
         self.pool.select(labels, how, features, seed)
 
     def _minibatch(self, number: int, place: int) -> list[Item]:
@@ -202,13 +221,7 @@ class Tuner:
         for group in self.policy_optimizer.param_groups:
             group["lr"] = config.router.learning_rate * (1 - self.progress.tick / self.total)
         self.agent.heads.requires_grad_(True)
-        parts = list(self._parts(own, self._rows(len(own.ids))))
-        kept = replace(config.router, tokens=-(-config.router.tokens // len(parts)))
-        rollouts, metrics = zip(
-            *(collect_rollout(self.agent, self._losses_of(part), part, kept, generator) for part in parts), strict=True
-        )
-        rollout = joined(rollouts)
-        found = {key: float(np.mean([one[key] for one in metrics])) for key in metrics[0]}
+        rollout, found = self._rollout(own, generator)
         if world > 1:
             own_part = (rollout.observations, rollout.actions, rollout.logprobs, rollout.values, rollout.advantages,
                      rollout.returns)  # fmt: skip
@@ -217,6 +230,23 @@ class Tuner:
         # The same order of minibatches in every process, so that the routers stay equal.
         same = torch.Generator().manual_seed(config.seed * 1_000_003 + self.progress.tick)
         return {**found, **improve(self.agent, self.policy_optimizer, rollout, config.router, same)}
+
+    def _rollout(self, own: Batch, generator: torch.Generator) -> tuple[Rollout, dict[str, float]]:
+        """Roll out this process's rows part by part; the samples of all parts, and the mean of their metrics.
+
+        There are always ``config.router.tokens`` samples: processes whose rows fall into different numbers of parts
+        could not gather them otherwise.
+        """
+        router = self.config.router
+        parts = list(self._parts(own, self._rows(len(own.ids))))
+        rollouts, metrics = zip(
+            *(
+                collect_rollout(self.agent, self._losses_of(part), part, replace(router, tokens=tokens), generator)
+                for part, tokens in zip(parts, dealt(router.tokens, len(parts)), strict=True)
+            ),
+            strict=True,
+        )
+        return joined(rollouts), {key: float(np.mean([one[key] for one in metrics])) for key in metrics[0]}
 
     def _expert_step(self, batch: Batch, step: int) -> float:
         """One step of AdamW under the deterministic policy; returns the mean loss per answer token."""

@@ -188,9 +188,29 @@ def test_what_was_merged_is_not_merged_again(base: Path, tmp_path: Path) -> None
     check_cut(Checkpoint.open(plain))
 
 
+def test_a_cut_without_tuned_parts_is_exported_as_it_is(
+    done: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it is after a tuning in which neither router nor experts gained; it still passes for a cut of its base."""
+    write_overlays(done, router_head=None, adapter=None, made_by={})
+    assert main(["export", str(done), "-o", str(tmp_path / "plain"), "--json"]) == 0
+    *said, last = capsys.readouterr().out.splitlines()
+    assert "there was nothing to merge" in " ".join(" ".join(said).split())
+    report = json.loads(last)
+    assert (report["merged"], report["changed"], report["architecture"]) == ([], 0, STOCK)
+    assert read_all(tmp_path / "plain") == read_all(done)
+    assert Checkpoint.open(tmp_path / "plain").exported == {}
+    verify(tmp_path / "plain", base)
+    # What was merged before stays on record.
+    write_overlays(done, router_head=head(), adapter=None, made_by={})
+    once, twice = (Checkpoint.open(Path(export(source, out).out)) for source, out in (
+        (done, tmp_path / "once"), (tmp_path / "once", tmp_path / "twice")))  # fmt: skip
+    assert once.exported == twice.exported != {}
+
+
 def test_export_refuses_and_leaves_nothing(done: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="has neither a router head nor an adapter to merge"):
-        export(done, tmp_path / "plain")
+    with pytest.raises(CheckpointError, match=r"has no leap\.json: it is not a cut checkpoint"):
+        export(tmp_path / "base", tmp_path / "plain")
     write_overlays(done, router_head=head(), adapter=None, made_by={})
     with pytest.raises(UsageError, match="lies in the source"):
         export(done, done / "plain")
