@@ -10,10 +10,10 @@ _SEARCHED = ("leap", *SEARCHES)
 _NAEE = ("naee", "naee-progressive")
 _BY_LAYER = (*_NAEE, "moe-i2", "hc-smoe")
 _COUNTS = (*ONE_SHOT, "moe-pruner", *_NAEE, "moe-i2", "tsep", "eep", *_SEARCHED)
-"""Methods whose plans may retain different numbers of experts in different layers, or say that they may not."""
+"""Methods that choose which experts each layer retains."""
 
 READERS: dict[str, tuple[str, ...]] = {
-    "allocation": _COUNTS, "guard_super_experts": ONE_SHOT, "top_k": (*_COUNTS, "hc-smoe"),
+    "allocation": tuple(method for method in _COUNTS if method != "moe-i2"), "guard_super_experts": ONE_SHOT, "top_k": (*_COUNTS, "hc-smoe"),
     "episodes": (*_SEARCHED, "eep"), "items": (*_SEARCHED, *_BY_LAYER, "eep"),
     "dtype": (*_SEARCHED, *_BY_LAYER, "lexi", "eep"), "state": (*_SEARCHED, *_BY_LAYER, "lexi", "tsep", "eep"),
     **dict.fromkeys(

@@ -121,6 +121,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from leap_training.methods.registry import CHANNELWISE, LAYERWISE, TASKWISE
 
     _check_read(args)
+    if args.method == "moe-i2":
+        args.allocation = "global"  # its layers' counts follow from their importance
     sizes = _sizes(args)
     _check_out(args, len(sizes))
     source = _source(args.source)

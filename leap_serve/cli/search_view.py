@@ -28,7 +28,7 @@ class SearchView:
         """Show where the search stands.
 
         Args:
-            evaluations: plans evaluated so far, of ``total``.
+            evaluations: spent so far, of ``total``.
             reward, loss: of the best plan so far.
             metrics: what the agent's update reports (heat, entropy, …); all of it goes to TensorBoard.
         """
@@ -58,7 +58,7 @@ class SearchView:
 def search_view(label: str, total: int, tensorboard: Path | None = None) -> Iterator[SearchView]:
     """Yield the view of a search of ``total`` evaluations; with a folder, scalars ``search/…`` go there too.
 
-    TensorBoard's steps are plan evaluations. Raises LeapError where the package tensorboard is missing.
+    TensorBoard's steps are evaluations spent. Raises LeapError where the package tensorboard is missing.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -149,19 +149,20 @@ class Search:
         }  # fmt: skip
         with search_view(f"search {args.task} {label}", args.episodes, self._events(label)) as view:
 
-            def show(metrics: object = None) -> None:
+            def show(spent: float, metrics: Mapping[str, float] | None = None) -> None:
                 _, reward, loss = ledger.best()
-                view.show(ledger.evaluations, reward, loss, metrics if isinstance(metrics, dict) else None)
+                view.show(int(spent), reward, loss, metrics)
 
             if args.method == "leap":
                 # The folder says which search it was; the whole path is on the command line, or is temporary.
                 record |= {"warm_start": warm.resolve().parent.name} if warm else {}
                 plan = search(
                     self.profile, prior, ledger, self.config, state=folder, data_sha256=items_sha256(self.items),
-                    warm=warm, save_policy=folder / "policy.safetensors", report=show, **record,
+                    warm=warm, save_policy=folder / "policy.safetensors",
+                    report=lambda metrics: show(ledger.evaluations, metrics), **record,
                 ).plan  # fmt: skip
             else:
-                material = Material(resolve_model(self.model), self.items)
+                material = Material(resolve_model(self.model), self.items, folder, self._losses_of())
                 cost = SEARCHES[args.method](ledger, Given(prior, args.episodes, args.seed, show, material))
                 if cost is not None:
                     record["cost"] = {"forward_items": cost.forward_items, "backward_items": cost.backward_items}
@@ -174,6 +175,11 @@ class Search:
         start = ledger.losses.get(space.best_of(prior).tobytes(), math.nan)
         figures = {"prior": name, "prior_loss": start, "loss": ledger.best()[2], "evaluations": ledger.evaluations}
         return Found(plan, figures, ledger, prior, folder)
+
+    def _losses_of(self) -> dict[str, Any]:
+        """What decides the losses and rewards of plans beside the model, the items and the reward's weights."""
+        found = {"engine": self.args.engine, "dtype": scoring_dtype(self.args.dtype)}
+        return {**found, "workload": asdict(self.args.workload)} if self.reward.latency_coef else found
 
     def _ranking(self, ledger: Ledger, folder: Path) -> tuple[str, Scores]:
         """The ranking to start at; the best one is found once and remembered, so that resuming costs nothing."""
@@ -290,8 +296,6 @@ def _check(args: argparse.Namespace, source: Profile | Checkpoint) -> Profile:
         raise UsageError(where, "needs --task", f"choose one of {', '.join(TASKS)}")
     if source.groups > 1:
         raise UsageError(where, f"cannot keep {source.groups} routing groups equal", "choose a one-shot --method")
-    if args.guard_super_experts:
-        raise UsageError("--guard-super-experts", "is for one-shot methods", "leave it out")
     if args.episodes < 1 or args.items < 1:
         raise UsageError("--episodes, --items", f"are {args.episodes} and {args.items}", "give 1 or more")
     if args.prior == "best" and args.episodes < len(OBSERVED):
@@ -305,9 +309,6 @@ def _check(args: argparse.Namespace, source: Profile | Checkpoint) -> Profile:
         raise UsageError("--lookahead-episodes", "needs --lookahead", "give the steps to look ahead")
     if args.method != "leap" and len(args.temperature) > 1:
         raise UsageError("--temperature", f"--method {args.method} does not search it", "give one value")
-    for flag in ("warm", "save_policy", "stop", "lookahead_episodes", *SETTINGS):
-        if args.method != "leap" and getattr(args, flag):
-            raise UsageError(f"--{flag.replace('_', '-')}", f"means nothing to {args.method}", "leave it out")
     if args.tensorboard is not None:
         tensorboard_writer()
     return source

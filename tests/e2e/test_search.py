@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 from leap_serve.cli import main
 from leap_serve.engine import mean_loss
@@ -95,20 +96,48 @@ def test_look_ahead_chooses_by_the_loss_after_tuning(
     assert plan.made_by["lookahead"] == ahead and plan.made_by["method"] == "leap" and plan.counts == [8] * 4
 
 
+COUNTING = """
+import sys
+from leap_serve.cli import main
+from leap_training.rco import Student
+
+divergence = Student.divergence
+
+def counted(*given):
+    with open(sys.argv[1], "a") as file:
+        file.write("step\\n")
+    return divergence(*given)
+
+Student.divergence = counted
+sys.exit(main(sys.argv[2:]))
+"""
+"""The command, with a line in a file for every training step of rco."""
+
+
 @pytest.mark.parametrize("method", ["evolution", "rco"])
-def test_a_killed_control_evaluates_nothing_twice(profile: Path, tmp_path: Path, method: str) -> None:
+def test_a_killed_control_does_nothing_twice(profile: Path, tmp_path: Path, method: str) -> None:
     def start(name: str, state: str) -> subprocess.Popen[bytes]:
         command = [
-            sys.executable, "-m", "leap_serve.cli", "search", str(profile), "--method", method, *SIZE,
-            "--episodes", "80", "--engine", "torch", "-o", str(tmp_path / name), "--state", str(tmp_path / state),
+            sys.executable, "-c", COUNTING, str(tmp_path / f"{name}.steps"), "search", str(profile), "--method", method,
+            *SIZE, "--episodes", "80", "--engine", "torch", "-o", str(tmp_path / f"{name}.json"),
+            "--state", str(tmp_path / state),
         ]  # fmt: skip
-        return subprocess.Popen(command, env={**os.environ, "PYTHONSAFEPATH": "1"})
+        with (tmp_path / f"{name}.err").open("wb") as said:
+            return subprocess.Popen(command, stderr=said, env={**os.environ, "PYTHONSAFEPATH": "1"})
 
-    assert start("whole.json", "one").wait(timeout=300) == 0
-    process = start("killed.json", "two")
-    journal = tmp_path / "two" / "evaluations.jsonl"
+    def steps(name: str) -> int:
+        path = tmp_path / f"{name}.steps"
+        return path.read_text().count("step") if path.exists() else 0
+
+    def shown(name: str) -> list[str]:
+        lines = (tmp_path / f"{name}.err").read_text().splitlines()
+        return [line.split(" · ")[0] for line in lines if line.startswith("search toy-gsm 8 ")]
+
+    assert start("whole", "one").wait(timeout=300) == 0
+    process = start("killed", "two")
+    journal, trained = tmp_path / "two" / "evaluations.jsonl", tmp_path / "two" / "rco.safetensors"
     deadline = time.monotonic() + 300
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 3:
+    while not (trained.exists() if method == "rco" else journal.exists() and journal.read_bytes().count(b"\n") >= 3):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -116,14 +145,30 @@ def test_a_killed_control_evaluates_nothing_twice(profile: Path, tmp_path: Path,
     assert not (tmp_path / "killed.json").exists()
     known = journal.read_bytes()
     known = known[: known.rfind(b"\n") + 1]
-    assert start("again.json", "two").wait(timeout=300) == 0
-    whole, again = (Plan.load(tmp_path / name) for name in ("whole.json", "again.json"))
+    done = steps_of(trained) if method == "rco" else 0
+    assert start("again", "two").wait(timeout=300) == 0
+    whole, again = (Plan.load(tmp_path / f"{name}.json") for name in ("whole", "again"))
     assert again.fingerprint == whole.fingerprint
     assert again.made_by["improvements"] == whole.made_by["improvements"]
     # What was known stayed as it was, and every plan stands there once.
     assert journal.read_bytes().startswith(known)
     keys = [json.loads(line)["key"] for line in journal.read_text().splitlines()]
     assert len(set(keys)) == len(keys) == again.made_by["evaluations"]
+    # The rest of the training was done, no step of it twice; and what is shown is what is spent.
+    assert shown("whole")[-1] == shown("again")[-1] == "search toy-gsm 8 80/80"
+    assert steps("again") == steps("whole") - done
+    if method == "rco":
+        assert 0 < done <= steps("killed") < steps("whole") and len(shown("whole")) >= 8
+        assert again.made_by["cost"] == whole.made_by["cost"]
+        assert trained.read_bytes() == (tmp_path / "one" / "rco.safetensors").read_bytes()
+        assert start("finished", "two").wait(timeout=300) == 0 and steps("finished") == 0
+        assert Plan.load(tmp_path / "finished.json").fingerprint == whole.fingerprint
+
+
+def steps_of(state: Path) -> int:
+    """Training steps that a state of rco holds, of four items each."""
+    with safe_open(state, "pt") as file:
+        return int(json.loads(file.metadata()["rco"])["backward"]) // 4
 
 
 @pytest.mark.parametrize("prior", ["gate-mass", "best"])

@@ -37,8 +37,9 @@ def test_controls_spend_what_they_are_given_on_legal_plans(name: str, allocation
     oracle = Larger(layers=4, experts=8)
     found = scores(profile(layers=4, experts=8), "reap")
     book = ledger(oracle, allocation, experts=4)
-    SEARCHES[name](book, Given(found, 60, 0))
-    assert oracle.asked == book.evaluations == 60
+    told: list[float] = []
+    SEARCHES[name](book, Given(found, 60, 0, told.append))
+    assert oracle.asked == book.evaluations == told[-1] == 60 and told == sorted(told)
     assert all(within_budget(book.space, book.subset(key)) for key in book.losses)
     whole = [key for key in book.losses if book.subset(key).sum() == book.space.budget]
     assert len(whole) == 60 if name != "greedy" else len(whole) > 20

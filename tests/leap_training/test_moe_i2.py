@@ -162,13 +162,16 @@ def test_low_rank_is_cut_verified_and_says_that_it_saves_nothing(
     assert np.linalg.matrix_rank(values(made.tensors[name]), tol=1e-4) == rank < 32
 
 
-def test_the_command(tmp_path: Path, family_checkpoint: Callable[[str], Path]) -> None:
+def test_the_command(
+    tmp_path: Path, family_checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     model = open_model(family_checkpoint, "qwen3_moe", tmp_path)
     out = tmp_path / "plan.json"
     command = ["search", str(model.checkpoint.folder), "--method", "moe-i2", "--budget", "0.5", "-o", str(out)]
     assert main(command) == 2 and main([*command, "--task", "toy-gsm", "--skip"]) == 2 and not out.exists()
     assert main([*command, "--task", "toy-gsm", "--items", "2", "--state", str(tmp_path / "state")]) == 0
     assert sum(Plan.load(out).counts) == 16
+    assert "moe-i2, global: 16 of 32 experts" in capsys.readouterr().out
     before = (tmp_path / "state" / "layers.json").read_bytes()
     assert main([*command, "--task", "toy-gsm", "--items", "2", "--state", str(tmp_path / "state"), "--force"]) == 0
     assert (tmp_path / "state" / "layers.json").read_bytes() == before

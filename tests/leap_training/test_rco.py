@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 
 from families import make_checkpoint
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.engines.torch_engine import TorchEngine
 from leap_serve.engines.torch_subsets import masked_routers
-from leap_serve.errors import UnsupportedError
+from leap_serve.errors import CheckpointError, UnsupportedError, UsageError
 from leap_serve.plan import Plan
 from leap_serve.tasks.base import Item
 from leap_training.batches import collate
 from leap_training.pruning_space import Ledger, PruningSpace
-from leap_training.rco import RcoConfig, Student, hardest, rco, relaxed, start, straight_through
+from leap_training.rco import STATE, Cost, RcoConfig, Student, hardest, rco, relaxed, start, straight_through
 from leap_training.saliency import Routing
 from pruning_oracle import all_subsets, subset_of
 from tiny_tokenizer import add_tokenizer, talking_copy
 
 ITEMS = [Item(str(n), f"What is {n} and {n * n % 7}?", f" It is {n * 31 % 97}, of course.") for n in range(6)]
+SEVEN = [*ITEMS, Item("6", "What is six?", " It is 89, of course.")]
+"""In steps of two, a pass over them ends between two steps, and no check at the end of a pass."""
 GATED = ["qwen3_moe", "olmoe", "gpt_oss", "glm4_moe"]
 
 
@@ -120,19 +128,142 @@ def test_it_finds_one_of_the_best_of_all_plans(tmp_path: Path) -> None:
     subsets = all_subsets(space)
     losses = reference_loss(folder, [space.plan(subset) for subset in subsets])
     known = {subset.tobytes(): loss for subset, loss in zip(subsets, losses, strict=True)}
-    ranks, reported = [], []
+    ranks: list[int] = []
+    reported: list[float] = []
     for seed in range(3):
         book = Ledger(lambda plans: [known[subset_of(plan).tobytes()] for plan in plans], space)
         # It starts at the worst plan of all.
         worst = subsets[int(np.argmax(losses))]
         prior = {layer: 1.0 + row for layer, row in zip(space.layers, worst, strict=True)}
-        cost = rco(folder, book, prior, ITEMS, 40, seed, lambda ledger: reported.append(ledger.evaluations))
+        cost = rco(folder, book, prior, ITEMS, 40, seed, reported.append)
         assert cost.backward_items == cost.forward_items - len(ITEMS)
-        assert len(cost.marks) == book.evaluations == reported[-1]
+        assert len(cost.marks) == book.evaluations < 40 and reported[-1] == 40
         assert cost.marks[0] == 2.0 and cost.marks[-1] <= 40 and cost.forward_items / len(ITEMS) > 30
         ranks.append(sorted(losses).index(book.best()[2]))
     # Of 100 plans.
     assert max(ranks) < 8, ranks
+
+
+class Killed(Exception):
+    pass
+
+
+@dataclass
+class Runs:
+    """Searches that differ only in what a test says, and what the last of them did."""
+
+    folder: Path
+    space: PruningSpace
+    steps: list[Sequence[int]] = field(default_factory=list)
+    """Items of every training step."""
+    told: list[float] = field(default_factory=list)
+    asked: list[bytes] = field(default_factory=list)
+    """Plans that were evaluated."""
+
+    def __call__(self, state: Path, stop: float = math.inf, **other: Any) -> tuple[Cost, Ledger]:
+        """Search; killed once ``stop`` evaluations' worth are spent."""
+        del self.steps[:], self.told[:], self.asked[:]
+        worth = np.random.default_rng(7).random(self.space.shape)
+
+        def evaluate(plans: Sequence[Plan]) -> list[float]:
+            self.asked += [subset_of(plan).tobytes() for plan in plans]
+            return [float((worth * subset_of(plan)).sum()) for plan in plans]
+
+        def tell(spent: float) -> None:
+            self.told.append(spent)
+            if spent >= stop:
+                raise Killed
+
+        book = Ledger(evaluate, self.space)
+        # Evaluated before the search begins, as rankings are.
+        book([random_subset(self.space, number).numpy() for number in range(2)])
+        given: dict[str, Any] = {
+            "model": self.folder, "scores": {layer: row for layer, row in zip(self.space.layers, worth, strict=True)},
+            "items": SEVEN, "evaluations": 20, "seed": 0, "config": RcoConfig(batch=2, check=4), **other,
+        }  # fmt: skip
+        return rco(ledger=book, report=tell, state=state, **given), book
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
+    folder = add_tokenizer(make_checkpoint("qwen3_moe", tmp_path / "m", num_hidden_layers=2, num_experts=5))
+    made = Runs(folder, space_of(folder, 3))
+    divergence = Student.divergence
+
+    def counted(self: Student, numbers: Sequence[int], mask: torch.Tensor) -> torch.Tensor:
+        made.steps.append(list(numbers))
+        return divergence(self, numbers, mask)
+
+    monkeypatch.setattr(Student, "divergence", counted)
+    return made
+
+
+def kept(state: Path) -> dict[str, Any]:
+    """What a state says of itself."""
+    with safe_open(state / STATE, "pt") as file:
+        return dict(json.loads(file.metadata()["rco"]))
+
+
+def test_a_search_that_is_killed_goes_on_to_the_same_bits(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, book = runs(tmp_path / "whole")
+    steps, state = list(runs.steps), tmp_path / "killed"
+    assert len(steps) == whole.backward_items / 2 > 30
+    # Every whole evaluation spent is told, the two before the search and the full model's pass among them.
+    assert [int(spent) for spent in runs.told] == sorted({int(spent) for spent in runs.told})
+    assert runs.told[0] == 4 and runs.told[-1] == 20 and len(runs.told) > 10
+    state.mkdir()
+    (state / "mine.txt").write_text("mine")
+    done: list[int] = [0]
+    for stop in (9, 15):
+        with pytest.raises(Killed):
+            runs(state, stop)
+        # It went on where the last state was written, in the midst of a pass over the items.
+        assert runs.steps == steps[done[-1] : done[-1] + len(runs.steps)]
+        done.append(kept(state)["backward"] // 2)
+    known = len(kept(state)["losses"])
+    assert 0 < done[1] < done[2] < len(steps) and all(at % 3 for at in done[1:])
+    cost, again = runs(state)
+    assert runs.steps == steps[done[-1] :] and cost == whole
+    assert list(again.rewards.items()) == list(book.rewards.items()) and again.curve == book.curve
+    # What the test's ledger evaluates before, and what is new.
+    assert len(runs.asked) == 2 + len(again.losses) - known
+    # α, Adam's moments, the generator, the items' order, what was spent.
+    assert (state / STATE).read_bytes() == (tmp_path / "whole" / STATE).read_bytes()
+    assert sorted(path.name for path in state.iterdir()) == ["mine.txt", STATE]
+
+    # What is finished is not begun again: the model is not even loaded.
+    monkeypatch.setattr(Student, "__init__", lambda *_: pytest.fail("the model is loaded"))
+    cost, again = runs(state)
+    assert cost == whole and again.best()[1:] == book.best()[1:] and runs.told == [20] and len(runs.asked) == 2
+
+
+def test_a_state_of_another_search_is_refused_before_the_model_is_loaded(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "state"
+    runs(state, evaluations=8, identity={"engine": "torch"})
+    content = (state / STATE).read_bytes()
+    monkeypatch.setattr(Student, "__init__", lambda *_: pytest.fail("the model is loaded"))
+    same: dict[str, Any] = {"evaluations": 8, "identity": {"engine": "torch"}}
+    other = add_tokenizer(make_checkpoint("qwen3_moe", tmp_path / "n", seed=1, num_hidden_layers=2, num_experts=5))
+    flat = {layer: np.ones(5) for layer in runs.space.layers}
+    for name, change in (
+        ("model", {"model": other}), ("search_data", {"items": SEVEN[:6]}), ("seed", {"seed": 1}),
+        ("evaluations", {"evaluations": 9}), ("prior_and_start", {"scores": flat}),
+        ("settings", {"config": RcoConfig(batch=2, check=5)}), ("engine", {"identity": {"engine": "vllm"}}),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=f"{name} is .* there and .* now"):
+            runs(state, **{**same, **change})
+    runs.space = replace(runs.space, temperatures=(0.5,))
+    with pytest.raises(UsageError, match="temperatures is"):
+        runs(state, **same)
+    assert (state / STATE).read_bytes() == content
+    for damaged in (b"x" * 20, content[: len(content) // 2], save({"alpha": torch.zeros(2, 5)})):
+        (state / STATE).write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="is no state of rco"):
+            runs(state, **same)
 
 
 def test_routers_without_a_useful_gradient_are_refused(

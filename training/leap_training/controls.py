@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +20,8 @@ from leap_training.saliency import Scores
 if TYPE_CHECKING:
     from leap_training.rco import Cost
 
-Report = Callable[[Ledger], None]
-"""Called after every batch of evaluations."""
+Report = Callable[[float], None]
+"""Called with the evaluations spent so far, after every batch of them."""
 PARENTS = 16
 """The best plans so far that an evolution breeds from."""
 
@@ -42,10 +42,14 @@ class Material:
     Args:
         model: folder of the full checkpoint.
         items: those that the ledger's losses are of, so that no method sees more data than another.
+        state: folder to save to and to continue from, or None.
+        identity: what decides the ledger's losses beside model, items and reward, for a state to be continued (JSON).
     """
 
     model: Path
     items: Sequence[Item]
+    state: Path | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +167,11 @@ def learn_scores(ledger: Ledger, given: Given) -> Cost:
         raise LeapError("--method rco", "learns from the model itself", "give its folder and the items as Material")
     from leap_training.rco import rco
 
-    model, items = given.material.model, given.material.items
-    return rco(model, ledger, given.scores, items, given.evaluations, given.seed, given.report)
+    own = given.material
+    return rco(
+        own.model, ledger, given.scores, own.items, given.evaluations, given.seed, given.report, state=own.state,
+        identity=own.identity,
+    )  # fmt: skip
 
 
 SEARCHES: Mapping[str, Search] = {
@@ -223,7 +230,7 @@ def _add(ledger: Ledger, given: Given, random: np.random.Generator) -> None:
         rewards = ledger(candidates, given.evaluations)
         chosen = candidates[int(np.argmax([-np.inf if reward is None else reward for reward in rewards]))]
         if given.report is not None:
-            given.report(ledger)
+            given.report(ledger.evaluations)
 
 
 def _open(space: PruningSpace, chosen: Chosen, layer: int | None) -> Chosen:
@@ -284,4 +291,4 @@ def _spend(ledger: Ledger, draw: Callable[[Ledger, int], Chosen], given: Given) 
         ledger([draw(ledger, idle) for _ in range(given.batch)], given.evaluations)
         idle = idle + 1 if ledger.evaluations == before else 0
         if given.report is not None:
-            given.report(ledger)
+            given.report(ledger.evaluations)

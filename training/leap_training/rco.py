@@ -4,7 +4,7 @@ The direct learned rival of the pruning agent. Each step draws a subset, the bes
 budget; runs the model with every router restricted to it; and sends the gradient of KL(full ‖ restricted) to α,
 straight through the hard choice, as if the mask were σ((α + noise − λ)/T) with λ such that the mask sums to the
 budget. Dropped experts that a router would have chosen are computed as well, at weight zero, so that the gradient
-knows what adding them would do.
+knows what adding them would do. All that decides how it goes on is written at every check (Training).
 
 L MoE layers, E experts, T tokens, K experts per token, V vocabulary. Softmax routers (renormalised or not,
 GPT-OSS's included) and sigmoid routers with a correction bias; not Llama-4, whose weight multiplies an expert's
@@ -13,24 +13,32 @@ input, so that a dropped expert has no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from leap_serve.architectures import Family
 from leap_serve.checkpoint import Checkpoint
-from leap_serve.errors import UnsupportedError
+from leap_serve.encoding import items_sha256
+from leap_serve.errors import CheckpointError, UnsupportedError, UsageError
+from leap_serve.files import write_bytes
 from leap_serve.tasks.base import Item
 from leap_training.batches import collate
 from leap_training.pruning_space import Chosen, Ledger, PruningSpace
 from leap_training.saliency import Scores
+from leap_training.tune_state import load_optimizer, optimizer_tensors
 
+STATE = "rco.safetensors"
 LARGEST = 20.0
 """Of a dropped expert's logit above the best retained one; e²⁰ is as good as certain, and finite."""
 
@@ -45,7 +53,8 @@ class RcoConfig:
         spread: standard deviation of α at the start, where it is the ranking; in units of the noise's scale.
         noise: scale of the Gumbel noise, falling linearly to zero.
         temperature: T of the relaxed mask.
-        check: evaluations' worth of training between two evaluations of the noiseless plan.
+        check: evaluations' worth of training between two evaluations of the noiseless plan, and between two
+            states.
     """
 
     batch: int = 8
@@ -77,8 +86,10 @@ def rco(
     items: Sequence[Item],
     evaluations: int,
     seed: int,
-    report: Callable[[Ledger], None] | None = None,
+    report: Callable[[float], None] | None = None,
     config: RcoConfig = RcoConfig(),
+    state: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> Cost:
     """Train α, evaluating the plan it stands for now and then; the ledger's best is the find.
 
@@ -89,47 +100,163 @@ def rco(
         items: to learn from; each pass over all of them counts as one evaluation.
         evaluations: to spend, in all. Backward passes (about two forward passes' work each) come on top.
         seed: of noise and batches.
-        report: called after every plan evaluated.
+        report: called with the evaluations' worth spent whenever another whole one is; in the end with all of them.
+        state: folder that is written to at every check and continued from, to the same bits; or None.
+        identity: what decides the ledger's losses beside model, items and reward, for a state to be continued (JSON).
 
-    Raises UnsupportedError for routers that have no useful gradient.
+    Raises UnsupportedError for routers that have no useful gradient, UsageError where ``state`` is of another search,
+    CheckpointError where it is damaged.
     """
-    student = Student(model, items, ledger.space, config)
-    random = torch.Generator().manual_seed(seed)
-    alpha = start(scores, ledger.space, config.spread).requires_grad_()
-    optimizer = torch.optim.Adam([alpha], config.learning_rate)
-    marks = [float(n) for n in range(1, ledger.evaluations + 1)]
-    # The full model's own pass.
-    forward, backward, order = len(items), 0, torch.zeros(0, dtype=torch.long)
+    training = Training(ledger, scores, len(items), evaluations, seed, config)
+    told = report or (lambda _: None)
+    path = None if state is None else state / STATE
+    of = {} if path is None else {**training.identity(model, scores, items, seed), **(identity or {})}
 
-    def spent() -> float:
-        return ledger.evaluations + forward / len(items)
+    def check() -> None:
+        training.check()
+        if path is not None:
+            training.save(path, of)
 
-    def evaluate(chosen: Chosen) -> None:
-        if ledger([chosen], evaluations)[0] is not None and ledger.evaluations > len(marks):
-            marks.append(spent())
-        if report is not None:
-            report(ledger)
+    resumed = path is not None and training.resume(path, of)
+    if not (resumed and training.finished):
+        # Where a search is resumed, this repeats the full model's pass; it stays counted once, as if never killed.
+        student = Student(model, items, ledger.space, config)
+        training.evaluate(ledger.space.best_of(scores))
+        told(training.spent)
+        while not training.finished:
+            before = int(training.spent)
+            training.step(student)
+            if training.spent >= training.following:
+                check()
+            if int(training.spent) > before:
+                told(training.spent)
+        check()
+    # What is left pays for nothing more.
+    told(max(training.spent, evaluations))
+    return Cost(training.forward, training.backward, tuple(training.marks))
 
-    begun, batch = spent(), min(config.batch, len(items))
-    evaluate(ledger.space.best_of(scores))
-    following = begun + config.check
-    # What is left pays for a step and for the last plan.
-    while spent() + batch / len(items) + 1 <= evaluations:
-        if len(order) < batch:
-            order = torch.randperm(len(items), generator=random)
-        share, order = order[:batch], order[batch:]
-        left = 1 - (spent() - begun) / max(1e-9, evaluations - begun)
-        noise = -torch.empty_like(alpha).exponential_(generator=random).log() * config.noise * left
-        loss = student.divergence(share.tolist(), straight_through(alpha + noise, ledger.space, config.temperature))
-        optimizer.zero_grad(set_to_none=True)
+
+class Training:
+    """α on its way: the scores, Adam, what is drawn from, and what was spent.
+
+    Args:
+        ledger: evaluates plans; what it holds already was spent before.
+        scores: the ranking to start at.
+        items: how many there are.
+        evaluations: to spend, in all.
+        seed: of noise and batches.
+    """
+
+    def __init__(
+        self, ledger: Ledger, scores: Scores, items: int, evaluations: int, seed: int, config: RcoConfig
+    ) -> None:
+        self.ledger, self.items, self.evaluations, self.config = ledger, items, evaluations, config
+        self.random = torch.Generator().manual_seed(seed)
+        self.alpha = start(scores, ledger.space, config.spread).requires_grad_()
+        self.optimizer = torch.optim.Adam([self.alpha], config.learning_rate)
+        self.order = torch.zeros(0, dtype=torch.long)
+        """Items [≤ n] that are left of this pass over all of them."""
+        # The full model's own pass.
+        self.forward, self.backward = items, 0
+        self.marks = [float(n) for n in range(1, ledger.evaluations + 1)]
+        self.begun = self.spent
+        self.following = self.begun + config.check
+        """Evaluations' worth at which the plan is evaluated next."""
+
+    @property
+    def spent(self) -> float:
+        """Evaluations' worth so far."""
+        return self.ledger.evaluations + self.forward / self.items
+
+    @property
+    def batch(self) -> int:
+        """Items per step."""
+        return min(self.config.batch, self.items)
+
+    @property
+    def finished(self) -> bool:
+        """Whether what is left does not pay for a step and for the last plan."""
+        return self.spent + self.batch / self.items + 1 > self.evaluations
+
+    def evaluate(self, chosen: Chosen) -> None:
+        """Evaluate a plan [L, E], if it is new, and note what had been spent by then."""
+        known = self.ledger([chosen], self.evaluations)[0] is not None
+        if known and self.ledger.evaluations > len(self.marks):
+            self.marks.append(self.spent)
+
+    def check(self) -> None:
+        """Evaluate the plan that α stands for."""
+        self.evaluate(hardest(self.alpha.detach(), self.ledger.space).numpy())
+        self.following = self.spent + self.config.check
+
+    def step(self, student: Student) -> None:
+        """One step of Adam, on the next items."""
+        config, alpha = self.config, self.alpha
+        if len(self.order) < self.batch:
+            self.order = torch.randperm(self.items, generator=self.random)
+        share, self.order = self.order[: self.batch], self.order[self.batch :]
+        left = 1 - (self.spent - self.begun) / max(1e-9, self.evaluations - self.begun)
+        noise = -torch.empty_like(alpha).exponential_(generator=self.random).log() * config.noise * left
+        mask = straight_through(alpha + noise, self.ledger.space, config.temperature)
+        loss = student.divergence(share.tolist(), mask)
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        optimizer.step()
-        forward, backward = forward + len(share), backward + len(share)
-        if spent() >= following:
-            evaluate(hardest(alpha.detach(), ledger.space).numpy())
-            following = spent() + config.check
-    evaluate(hardest(alpha.detach(), ledger.space).numpy())
-    return Cost(forward, backward, tuple(marks))
+        self.optimizer.step()
+        self.forward, self.backward = self.forward + len(share), self.backward + len(share)
+
+    def identity(self, model: Path, scores: Scores, items: Sequence[Item], seed: int) -> dict[str, Any]:
+        """What must be the same for a state to be continued: model, data, space, start, reward and settings."""
+        space, digest = self.ledger.space, hashlib.sha256()
+        for layer in space.layers:
+            digest.update(np.ascontiguousarray(scores[layer], np.float64).tobytes())
+        for key in self.ledger.losses:
+            digest.update(key)
+        return {
+            "model": Checkpoint.open(model).identity().sha256, "search_data": items_sha256(items),
+            "prior_and_start": digest.hexdigest(), "budget": space.budget, "cap": space.cap, "top_k": list(space.top_k),
+            "uniform": space.uniform, "temperatures": list(space.temperatures), "reward": asdict(self.ledger.reward),
+            "evaluations": self.evaluations, "seed": seed, "settings": asdict(self.config),
+        }  # fmt: skip
+
+    def save(self, path: Path, of: Mapping[str, Any]) -> None:
+        """Write everything that decides how it goes on, all or nothing; ``of``: of which search (JSON)."""
+        note = {
+            "of": of, "forward": self.forward, "backward": self.backward, "following": self.following,
+            "marks": self.marks, "losses": list(self.ledger.losses.values()),
+            "rewards": list(self.ledger.rewards.values()),
+        }  # fmt: skip
+        tensors = {
+            "alpha": self.alpha.detach(), "order": self.order.clone(), "generator": self.random.get_state(),
+            "plans": torch.from_numpy(np.stack([self.ledger.subset(key) for key in self.ledger.losses])),
+            **optimizer_tensors(self.optimizer, {"alpha": self.alpha}),
+        }  # fmt: skip
+        write_bytes(path, save(tensors, {"rco": json.dumps(note)}))
+
+    def resume(self, path: Path, of: Mapping[str, Any]) -> bool:
+        """Continue what :meth:`save` wrote; False where nothing is. Raises where it is damaged, or of another search."""
+        if not path.exists():
+            return False
+        try:
+            with safe_open(path, "pt") as file:
+                note = json.loads(file.metadata()["rco"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            there = dict(note["of"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            raise CheckpointError(path, "is no state of rco", "remove it, or choose another --state") from None
+        for key, value in json.loads(json.dumps(of)).items():
+            if there.get(key) != value:
+                raise UsageError(
+                    path, f"{key} is {there.get(key)} there and {value} now",
+                    "repeat the same command to resume, or choose another --state",
+                )  # fmt: skip
+        with torch.no_grad():
+            self.alpha.copy_(tensors["alpha"])
+        load_optimizer(self.optimizer, {"alpha": self.alpha}, tensors)
+        self.random.set_state(tensors["generator"])
+        self.ledger.restore([plan.numpy() for plan in tensors["plans"]], note["losses"], note["rewards"])
+        self.order, self.marks, self.following = tensors["order"], note["marks"], note["following"]
+        self.forward, self.backward = note["forward"], note["backward"]
+        return True
 
 
 def start(scores: Scores, space: PruningSpace, spread: float) -> torch.Tensor:
