@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_serve.checkpoint import Checkpoint, resolve_model
+from leap_serve.cli.console import progress_bar
 from leap_serve.engines.subsets import check_plans
 from leap_serve.errors import UsageError
 from leap_serve.flops import flops_per_token, parameters
@@ -49,7 +50,8 @@ def _experts(args: argparse.Namespace, profile: Profile, checkpoint: Checkpoint,
     from leap_training.methods.moe_pruner import moe_pruner
     from leap_training.saliency import Routing, allocate
 
-    scores = moe_pruner(profile, checkpoint)
+    with progress_bar("moe-pruner, matrices") as bar:
+        scores = moe_pruner(profile, checkpoint, bar)
     return {
         label: allocate(
             scores, Routing.of(profile), **size, allocation=args.allocation, top_k=args.top_k,
@@ -74,7 +76,11 @@ def _intra(args: argparse.Namespace, profile: Profile, checkpoint: Checkpoint, s
 
     base = _base(args, profile, checkpoint)
     on = {"on": str(args.on)} if args.on else {}
-    return {label: intra(profile, checkpoint, base, _fraction(size), **on) for label, size in sizes.items()}
+    found = {}
+    for label, size in sizes.items():
+        with progress_bar(f"intra {label}, matrices") as bar:
+            found[label] = intra(profile, checkpoint, base, _fraction(size), bar, **on)
+    return found
 
 
 def _base(args: argparse.Namespace, profile: Profile, checkpoint: Checkpoint) -> Plan:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leap_serve.checkpoint import Checkpoint, resolve_model
-from leap_serve.cli.console import progress_bar
+from leap_serve.cli.console import noted_bar, progress_bar
 from leap_serve.cli.engines import scoring_dtype
 from leap_serve.encoding import items_sha256
+from leap_serve.engine import Progress
 from leap_serve.engines.subsets import check_plans
 from leap_serve.errors import UsageError
 from leap_serve.flops import flops_per_token
@@ -79,14 +80,14 @@ class _Job:
     def naee(self, sizes: Sizes) -> Found:
         """NAEE, layer-wise or progressive."""
         from leap_training.methods.blocks import LayerResults
-        from leap_training.methods.naee import check_skip, naee
+        from leap_training.methods.naee import check_space, naee
         from leap_training.pruning_space import PruningSpace
 
         args = self.args
         shared = {"allocation": args.allocation, "top_k": args.top_k, "temperature": args.temperature}
         spaces = {label: PruningSpace.of(self.routing, **size, **shared) for label, size in sizes.items()}
-        for space in spaces.values() if args.skip else ():
-            check_skip(space)
+        for space in spaces.values():
+            check_space(space, self.checkpoint.family, args.skip)
         items = load_task(args.task).items("train", args.items, args.seed)
         found: Found = {}
         model = self._model()
@@ -97,11 +98,11 @@ class _Job:
             }  # fmt: skip
             folder = self.home if len(spaces) == 1 else self.home / label
             results = LayerResults(folder / "layers.json", identity)
-            with progress_bar(f"{args.method} {label}") as bar:
+            with _bars(f"{args.method} {label}") as (bar, capturing):
                 plan = naee(
                     model, ids, space, folder / "inputs", results, args.method == "naee-progressive", bar,
-                    skip=args.skip, allocation=args.allocation, task=args.task, items=len(items), tokens=sum(map(len, ids)),
-                    seed=args.seed, data_sha256=items_sha256(items), dtype=model.dtype,
+                    skip=args.skip, capturing=capturing, allocation=args.allocation, task=args.task, items=len(items),
+                    tokens=sum(map(len, ids)), seed=args.seed, data_sha256=items_sha256(items), dtype=model.dtype,
                 )  # fmt: skip
             keys = ("exact", "reconstruction", "dynamic_skipping")
             found[label] = plan, {key: plan.made_by[key] for key in keys} | self._skipping(plan)
@@ -121,12 +122,14 @@ class _Job:
     def moe_i2(self, sizes: Sizes) -> Found:
         """MoE-I²: counts from importance, a genetic search per layer, and real blocks."""
         from leap_training.methods.blocks import LayerResults
-        from leap_training.methods.moe_i2 import MoeI2Config, moe_i2
+        from leap_training.methods.moe_i2 import MoeI2Config, check_rank, moe_i2
         from leap_training.pruning_space import PruningSpace
 
         args = self.args
         config = MoeI2Config(rank=args.rank, seed=args.seed)
         config.check()
+        if args.rank is not None:
+            check_rank(self.checkpoint)
         shared = {"allocation": "global", "top_k": args.top_k, "temperature": args.temperature}
         spaces = {label: PruningSpace.of(self.routing, **size, **shared) for label, size in sizes.items()}
         items = load_task(args.task).items("train", args.items, args.seed)
@@ -140,9 +143,9 @@ class _Job:
             }  # fmt: skip
             folder = self.home if len(spaces) == 1 else self.home / label
             results = LayerResults(folder / "layers.json", identity)
-            with progress_bar(f"moe-i2 {label}") as bar:
+            with _bars(f"moe-i2 {label}") as (bar, capturing):
                 plan = moe_i2(
-                    model, ids, space, self.home / "inputs", results, config, bar, task=args.task, items=len(items),
+                    model, ids, space, self.home / "inputs", results, config, bar, capturing, task=args.task, items=len(items),
                     tokens=sum(map(len, ids)), seed=args.seed, data_sha256=items_sha256(items), dtype=model.dtype,
                 )  # fmt: skip
             found[label] = plan, {key: plan.made_by[key] for key in ("pruned", "layer_importance", "reconstruction")}
@@ -192,9 +195,9 @@ class _Job:
             identity = self._identity(model) | {"data": items_sha256(items), "experts": space.cap}
             folder = self.home if len(spaces) == 1 else self.home / label
             results = LayerResults(folder / "layers.json", identity)
-            with progress_bar(f"hc-smoe {label}") as bar:
+            with _bars(f"hc-smoe {label}") as (bar, capturing):
                 plan = hc_smoe(
-                    model, ids, space, self.home / "inputs", results, bar, task=args.task, items=len(items),
+                    model, ids, space, self.home / "inputs", results, bar, capturing, task=args.task, items=len(items),
                     tokens=sum(map(len, ids)), seed=args.seed, data_sha256=items_sha256(items), dtype=model.dtype,
                 )  # fmt: skip
             found[label] = plan, {"clusters": plan.made_by["clusters"]} | self._skipping(plan)
@@ -217,6 +220,13 @@ class _Job:
 
     def _identity(self, model: BlockModel) -> dict[str, Any]:
         return {"method": self.args.method, "model": self.routing.base.sha256, "dtype": model.dtype}
+
+
+@contextmanager
+def _bars(label: str) -> Iterator[tuple[Progress, Progress]]:
+    """Yield a bar's two callbacks: of the search's own steps, and of the pass before them that writes layers' inputs."""
+    with noted_bar(label) as bar:
+        yield (lambda done, total: bar(done, total, "")), (lambda done, total: bar(done, total, "inputs, items"))
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli import channelwise, layerwise, taskwise
-from leap_serve.cli.console import say, table
+from leap_serve.cli.console import progress_bar, say, table
 from leap_serve.errors import UsageError
 from leap_serve.files import check_place, new_folder, write_json
 from leap_serve.plan import Plan
@@ -38,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="see leap methods",
     )  # fmt: skip
     size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--budget", type=float, nargs="+", help="fraction of the routed experts to keep, e.g. 0.125")
+    size.add_argument(
+        "--budget", type=float, nargs="+",
+        help="fraction to keep of the routed experts, e.g. 0.125; intra: of every expert's channels; "
+        "lexi: of the active experts",
+    )  # fmt: skip
     size.add_argument("--experts", type=int, nargs="+", help="experts to keep per layer (with global: on average)")
     parser.add_argument("--allocation", default="uniform", choices=("uniform", "global"))
     parser.add_argument("--guard-super-experts", action="store_true", help="keep experts with outlying activations")
@@ -265,6 +269,9 @@ def _one_shot(args: argparse.Namespace, source: Profile | Checkpoint, size: dict
         if not isinstance(source, Profile):
             raise UsageError("--method easy-ep", "needs a profile, not a model", "make one with leap profile")
         found = easy_ep(source)
+    elif args.method == "magnitude":
+        with progress_bar("magnitude, matrices") as bar:
+            found = scores(source, args.method, progress=bar)
     else:
         found = scores(source, args.method, args.seed)
     data: dict[str, Any] = {"data_sha256": source.data_sha256} if isinstance(source, Profile) else {}

@@ -58,11 +58,12 @@ def _tsep(
 ) -> tuple[Plan, dict[str, Any]]:
     from leap_training.finetune import ITEMS, STEPS, FinetuneConfig
     from leap_training.methods.blocks import BlockModel
-    from leap_training.methods.tsep import Tsep, TsepConfig
+    from leap_training.methods.tsep import Tsep, TsepConfig, check_space
 
     tuning = FinetuneConfig(items=args.train_items or ITEMS, steps=args.steps or STEPS, seed=args.seed)
     config = TsepConfig(tuning)
     config.check()
+    check_space(space)
     items = load_task(args.task).items("train", tuning.items, args.seed)
     identity = {
         "method": "tsep", "model": space.routing.base.sha256, "data": items_sha256(items), "experts": space.cap,
@@ -81,11 +82,14 @@ def _eep(
     args: argparse.Namespace, checkpoint: Checkpoint, space: PruningSpace, folder: Path, label: str
 ) -> tuple[Plan, dict[str, Any]]:
     from leap_training.methods.blocks import BlockModel
-    from leap_training.methods.eep import Eep, EepConfig, TaskLoss, plan_of, renormalises
+    from leap_training.methods.eep import Eep, EepConfig, TaskLoss, check_space, plan_of, renormalises
+    from leap_training.methods.merged import check_maps
     from leap_training.splits import validation_part
 
     config = EepConfig(args.episodes, seed=args.seed)
     config.check()
+    check_space(space)
+    check_maps(checkpoint.family)
     items = validation_part(load_task(args.task), "search", args.items, args.seed)
     model = BlockModel(checkpoint, scoring_dtype(args.dtype))
     identity = {

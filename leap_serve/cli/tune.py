@@ -73,7 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parts.add_argument(
         "--diversity", default="k-means++", choices=("nearest", "k-means++", "none"), help="the paper: nearest"
     )
-    parts.add_argument("--al-temperature", type=float, default=1.0, help="T of eq. 16, of entropy and margin (default 1)")
+    parts.add_argument(
+        "--al-temperature", type=float, default=1.0, help="T of eq. 16, of entropy and margin (default 1)"
+    )
     parts.add_argument(
         "--candidates", type=int, default=24, help="items judged for each one chosen; 0, as the paper: all"
     )

@@ -205,7 +205,9 @@ def tuning(value: Mapping[str, Any], name: str, plan: Plan | None) -> Learning:
             f"{router['tuned_loss']:.4f} with the tuned one (p = {router['p_value']:.4f}): {verdict}."
         )
         if not router.get("adapters_kept", True):
-            notes.append(f"{name}: without its router the adapters had a higher loss than the cut, so they were emptied.")
+            notes.append(
+                f"{name}: without its router the adapters had a higher loss than the cut, so they were emptied."
+            )
     if value.get("best_round") == 0:
         notes.append(f"{name}: no round was better than the cut itself, so what was written changes nothing.")
     task, fingerprint = (

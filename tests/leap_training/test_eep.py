@@ -16,6 +16,7 @@ from leap_serve.cut.write import cut
 from leap_serve.engines.torch_engine import TorchEngine
 from leap_serve.errors import CheckpointError, UnsupportedError, UsageError
 from leap_serve.plan import BaseModel, Plan
+from leap_training.methods import merged
 from leap_training.methods.eep import Candidate, Eep, EepConfig, TaskLoss, plan_of
 from leap_training.pruning_space import PruningSpace
 from leap_training.saliency import Routing
@@ -125,6 +126,19 @@ def test_a_candidate_that_only_prunes_is_an_ordinary_plan_with_the_same_loss(
     engine.close()
     assert loss == pytest.approx(-sum(s.logprob for s in scores) / sum(s.tokens for s in scores), rel=1e-4)
     assert not plan_of(candidate, space, renormalises=False).is_masking, "without renormalising a mask is another thing"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(37, 11), (101,)], ids=["matrix", "bias"])
+def test_merging_a_part_at_a_time_gives_the_same_bits(
+    shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    weights, tensor = torch.randn(R, E, generator=draw), torch.randn(E, *shape, generator=draw).to(dtype)
+    whole = (weights.double() @ tensor.flatten(1).double()).to(dtype).view(R, *shape)
+    for chunk in (1 << 24, 100, 1):  # all of it, with a rest at the end, a column at a time
+        monkeypatch.setattr(merged, "CHUNK", chunk)
+        assert torch.equal(merged.merge(weights, tensor), whole)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "gpt_oss"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +43,16 @@ def test_clusters_are_those_of_average_linkage_by_brute_force() -> None:
         assert clusters(points, 3) == sorted(found)
     assert clusters(np.zeros((4, 2)), 2) == [[0, 1, 2], [3]], "ties go to the lowest ids"
     assert clusters(points, E) == [[e] for e in range(E)]
+
+
+def test_distances_take_no_difference_of_all_pairs_at_once() -> None:
+    experts, hidden = 64, 1024
+    points = np.random.default_rng(0).normal(size=(experts, hidden))
+    tracemalloc.start()
+    clusters(points, experts // 2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * (3 * experts * hidden + experts**2) * 8 < experts * experts * hidden * 8 / 10
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])

@@ -75,7 +75,10 @@ class PruningSpace:
         Several values of ``temperature`` are searched, a layer at a time.
         """
         if routing.groups > 1:
-            raise UnsupportedError("--method leap", "the model routes in groups", "choose a one-shot --method")
+            raise UnsupportedError(
+                "--method", f"searches cannot keep the model's {routing.groups} routing groups equal",
+                "choose a one-shot --method",
+            )  # fmt: skip
         if (experts is None) == (budget is None):
             raise UsageError("--budget, --experts", "exactly one is needed", "give one of them")
         if allocation not in ("uniform", "global"):

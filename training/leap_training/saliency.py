@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from leap_serve.checkpoint import Checkpoint
+from leap_serve.engine import Progress
 from leap_serve.errors import CheckpointError, UnsupportedError, UsageError
 from leap_serve.plan import BaseModel, LayerPlan, Plan
 from leap_serve.profile import LayerProfile, Profile, groups_of
@@ -69,10 +70,13 @@ class Routing:
         return cls(source.identity(), source.num_experts, top_k, *groups_of(source))
 
 
-def scores(source: Profile | Checkpoint, method: str, seed: int = 0) -> dict[int, Array]:
+def scores(
+    source: Profile | Checkpoint, method: str, seed: int = 0, progress: Progress | None = None
+) -> dict[int, Array]:
     """Score every expert: {layer: [E] float64}.
 
-    ``magnitude`` reads the weights of a Checkpoint, ``random`` takes either, all others a Profile.
+    ``magnitude`` reads the weights of a Checkpoint (``progress``: matrices done, in all), ``random`` takes either, all
+    others a Profile.
     Raises UsageError where method and source do not fit.
     """
     if method == "random":
@@ -81,7 +85,7 @@ def scores(source: Profile | Checkpoint, method: str, seed: int = 0) -> dict[int
     if method == "magnitude":
         if not isinstance(source, Checkpoint):
             raise UsageError("--method magnitude", "reads weights, not a profile", "give the model instead")
-        return magnitude(source)
+        return magnitude(source, progress)
     if method not in OBSERVED:
         raise UsageError("--method", f"there is no method {method!r}", f"choose one of {', '.join(METHODS)}")
     if not isinstance(source, Profile):
@@ -89,21 +93,27 @@ def scores(source: Profile | Checkpoint, method: str, seed: int = 0) -> dict[int
     return {index: OBSERVED[method](layer).copy() for index, layer in source.layers.items()}
 
 
-def magnitude(checkpoint: Checkpoint) -> dict[int, Array]:
+def magnitude(checkpoint: Checkpoint, progress: Progress | None = None) -> dict[int, Array]:
     """Frobenius norm of an expert's gate, up and down weights together (LEAP §4.1), read expert by expert.
 
-    Biases do not count. Raises UnsupportedError for quantised weights.
+    Biases do not count. ``progress`` is called with matrices done and matrices in all. Raises UnsupportedError for
+    quantised weights.
     """
     squares = {layer: np.zeros(checkpoint.num_experts) for layer in checkpoint.moe_layers}
+    parts: list[tuple[TensorEntry, int, int, int | None]] = []
     for name, entry in checkpoint.tensors.items():
         role = checkpoint.role(name)
         if role.layer not in squares or role.kind not in ("expert", "fused"):
             continue
         if len(entry.shape) == (3 if role.kind == "fused" else 2):
-            for expert in range(entry.shape[0]) if role.kind == "fused" else (role.expert,):
-                squares[role.layer][expert] += _sum_of_squares(entry, expert if role.kind == "fused" else None)
+            ids = range(entry.shape[0]) if role.kind == "fused" else (role.expert,)
+            parts += [(entry, role.layer, expert, expert if role.kind == "fused" else None) for expert in ids]
         elif entry.dtype not in _READ:
             raise UnsupportedError(name, f"holds {entry.dtype}: the experts are quantised", "choose another --method")
+    for done, (entry, layer, expert, row) in enumerate(parts, 1):
+        squares[layer][expert] += _sum_of_squares(entry, row)
+        if progress is not None:
+            progress(done, len(parts))
     return {layer: np.sqrt(total) for layer, total in squares.items()}
 
 

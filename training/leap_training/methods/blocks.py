@@ -20,6 +20,7 @@ from transformers.utils import logging
 from leap_serve import encoding
 from leap_serve.architectures import Family
 from leap_serve.checkpoint import Checkpoint
+from leap_serve.engine import Progress
 from leap_serve.engines.torch_subsets import MaskedRouter, masked_routers, moe_blocks
 from leap_serve.errors import LeapError, UsageError
 from leap_serve.files import read_json, write_json
@@ -120,8 +121,9 @@ class BlockModel:
 
     @torch.inference_mode()  # type: ignore[untyped-decorator, unused-ignore]
     def capture(
-        self, ids: Sequence[Sequence[int]], folder: Path, layers: Sequence[int], under: Plan | None = None
-    ) -> Captured:
+        self, ids: Sequence[Sequence[int]], folder: Path, layers: Sequence[int], under: Plan | None = None,
+        progress: Progress | None = None,
+    ) -> Captured:  # fmt: skip
         """Write the inputs x [T, H] of MoE layers to disk, one file per item, and no more than one item in memory.
 
         Args:
@@ -129,6 +131,7 @@ class BlockModel:
             folder: where to; files of the same items there are replaced.
             layers: which ones; the forward pass ends at the last.
             under: a plan that the routers follow meanwhile, None for the full model.
+            progress: called with items done and items in all.
         """
         folder.mkdir(parents=True, exist_ok=True)
         seen: dict[str, torch.Tensor] = {}
@@ -145,12 +148,16 @@ class BlockModel:
                     pass
                 save_file(seen, folder / f"item-{number:06d}.safetensors")
                 seen.clear()
+                if progress is not None:
+                    progress(number + 1, len(ids))
         return Captured(folder, tuple(map(len, ids)), self.device)
 
-    def captured(self, ids: Sequence[Sequence[int]], folder: Path, layers: Sequence[int]) -> Captured:
+    def captured(
+        self, ids: Sequence[Sequence[int]], folder: Path, layers: Sequence[int], progress: Progress | None = None
+    ) -> Captured:
         """Capture the full model's inputs, or take what this process has captured in this folder already."""
         if self._captured is None or self._captured[0] != folder:
-            self._captured = folder, self.capture(ids, folder, layers)
+            self._captured = folder, self.capture(ids, folder, layers, progress=progress)
         return self._captured[1]
 
     @torch.inference_mode()  # type: ignore[untyped-decorator, unused-ignore]

@@ -5,7 +5,8 @@ An expert's score sums, over the tokens it is chosen for, its output-aware impor
 its output) times the token's contribution max(1 − cos(h, h + r), 0): how far the routed experts turn the residual
 stream h, r being their joint output. Ours: the clamp at 0, and for Llama-4, whose weight multiplies the input, ‖f(g·x)‖.
 
-Cost: none beside the profile, which sums it as ``easy`` in the pass that all criteria share; no gradients.
+Cost: none beside the profile, which sums it as ``easy`` in the pass that all criteria share; no gradients. Memory: E·8
+bytes per layer, beside the profile's (E² + 7·E)·8.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ phase; a population of 16 of which the better half are parents; W_RM stays ≥ 0
 Such a map is no sliced linear router: the cut keeps all E rows of it, and only leap-serve's architecture serves it. It
 saves the memory of E − r experts; top_k, and with it FLOPs, stay.
 
-Cost: one forward pass over the items per evaluation, in transformers; r·E products of a layer's expert weights per
-evaluation in phase 2. Memory: the model and one merged copy of r experts. No gradients.
+Cost of an evaluation, in transformers: one forward pass over the items and, to merge, r·E products of each weight of an
+expert per layer. Memory: the model, r merged experts of every layer, and 2²⁴ weights at a time with their sums in
+float64, up to 256 MiB. No gradients.
 """
 
 from __future__ import annotations
@@ -68,6 +69,14 @@ class EepConfig:
             )
 
 
+def check_space(space: PruningSpace) -> None:
+    """Raise UnsupportedError for plans that eep does not make; to be asked before a model is loaded."""
+    if not space.uniform or space.temperature != 1.0:
+        raise UnsupportedError(
+            "--allocation, --temperature", "eep keeps equally many slots and τ = 1", "leave them out"
+        )  # fmt: skip
+
+
 @dataclass(slots=True)
 class Candidate:
     """W_EM and W_RM of all layers, [L, r, E] float32 each, and the loss."""
@@ -81,7 +90,7 @@ class TaskLoss:
     """Mean teacher-forced loss per answer token of items under merged experts, in nats."""
 
     def __init__(self, model: BlockModel, items: Sequence[Item], space: PruningSpace) -> None:
-        check_maps(model)
+        check_maps(model.family)
         self.model, self.space = model, space
         use_fast_experts(model.model)
         parts = [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
@@ -121,10 +130,7 @@ class Eep:
         state: Path | None = None, identity: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         config.check()
-        if not space.uniform or space.temperature != 1.0:
-            raise UnsupportedError(
-                "--allocation, --temperature", "eep keeps equally many slots and τ = 1", "leave them out"
-            )
+        check_space(space)
         self.evaluate, self.space, self.config = evaluate, space, config
         self.path, self.identity = None if state is None else state / STATE, identity or {}
         self.random = np.random.default_rng(config.seed)

@@ -9,8 +9,9 @@ Ours: an expert set that was never chosen is averaged evenly; ties in the cluste
 keeps all E rows and its own top-k, then ids are mapped; two choices of one cluster both count. So a token may use fewer
 distinct experts, and memory falls as with pruning. Only leap-serve's architecture serves that.
 
-Cost: one forward pass over the items and every expert on every token once. Memory: the model, one item's inputs of a
-layer, [E, H] means. No gradients.
+Cost: one forward pass over the items and every expert on every token once. Memory: the model, 2²⁴ numbers of expert
+outputs at a time (128 MiB in float64), and (3·E·H + E²)·8 bytes for means and their distances, while the layers' inputs
+lie on disk (T·H per layer). No gradients.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def mean_outputs(layer: MoeLayer, index: int, captured: Captured) -> tuple[Array
 def clusters(points: Array, count: int) -> list[list[int]]:
     """Cluster points [E, H] hierarchically: average linkage, Euclidean; each cluster sorted, in order of its first."""
     found = [[expert] for expert in range(len(points))]
-    apart = np.linalg.norm(points[:, None] - points[None], axis=-1)
+    # A row at a time: all differences at once would be [E, E, H].
+    apart = np.stack([np.linalg.norm(points - one, axis=-1) for one in points])
     np.fill_diagonal(apart, np.inf)
     while len(found) > count:
         one, other = divmod(int(apart.argmin()), len(found))
@@ -84,6 +86,7 @@ def hc_smoe(
     folder: Path,
     results: LayerResults,
     progress: Progress | None = None,
+    capturing: Progress | None = None,
     **provenance: Any,
 ) -> Plan:
     """Merge every layer's experts into ``space.cap`` of them; layers that ``results`` knows are not looked at again.
@@ -93,7 +96,7 @@ def hc_smoe(
     layers: dict[int, LayerPlan] = {}
     for number, (index, k) in enumerate(zip(space.layers, space.top_k, strict=True), 1):
         if results.get(index) is None:
-            captured = model.captured(ids, folder, space.layers)
+            captured = model.captured(ids, folder, space.layers, capturing)
             means, counts = mean_outputs(model.layers[index], index, captured)
             results.put(index, {"clusters": clusters(means, space.cap), "counts": counts.tolist()})
         known = results.get(index)

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from leap_serve.architectures import Family
 from leap_serve.errors import UnsupportedError
-from leap_training.methods.blocks import BlockModel
+from leap_training.methods.blocks import CHUNK, BlockModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +27,11 @@ class Maps:
     top_k: int
 
 
-def check_maps(model: BlockModel) -> None:
-    """Raise UnsupportedError where routers give no softmax for a map to follow."""
-    if model.family.router_kind not in ("softmax", "topk-softmax"):
+def check_maps(family: Family) -> None:
+    """Raise UnsupportedError where routers give no softmax for a map to follow; to be asked before a model is loaded."""
+    if family.router_kind not in ("softmax", "topk-softmax"):
         raise UnsupportedError(
-            "--method eep", f"{model.family.model_type}'s router ({model.family.router_kind}) has no softmax to map",
+            "--method eep", f"{family.model_type}'s router ({family.router_kind}) has no softmax to map",
             "choose another --method",
         )  # fmt: skip
 
@@ -41,6 +42,19 @@ def route(z: torch.Tensor, maps: Maps, renormalise: bool) -> tuple[torch.Tensor,
     if renormalise:
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     return weights, slots
+
+
+def merge(experts: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Return Σ_e W_EM[s, e]·W_e of every slot, [r, …] in the tensor's dtype, of W_EM [r, E] and a tensor [E, …].
+
+    Summed in float64 and rounded once, CHUNK numbers at a time, so that no float64 copy of all experts is held.
+    """
+    flat = tensor.flatten(1)
+    found = torch.empty(len(experts), flat.shape[1], dtype=tensor.dtype, device=tensor.device)
+    step = max(1, CHUNK // len(flat))
+    for start in range(0, flat.shape[1], step):
+        found[:, start : start + step] = experts.double() @ flat[:, start : start + step].double()
+    return found.view(len(experts), *tensor.shape[1:])
 
 
 @contextmanager
@@ -62,8 +76,7 @@ def merged_experts(model: BlockModel, layers: Mapping[int, Maps]) -> Iterator[No
             undo.append(router.register_forward_hook(choose).remove)
             for tensor in experts.parameters():
                 undo.append(partial(setattr, tensor, "data", tensor.data))
-                flat = maps.experts.double() @ tensor.data.flatten(1).double()
-                tensor.data = flat.to(tensor.dtype).view(len(maps.experts), *tensor.shape[1:])
+                tensor.data = merge(maps.experts, tensor.data)
             undo.append(partial(setattr, experts, "num_experts", experts.num_experts))
             experts.num_experts = len(maps.experts)
         yield

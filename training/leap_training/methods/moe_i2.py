@@ -12,8 +12,9 @@ the better half; 3 of 10 children swap one expert more; the layers before a grou
 combinations are compared. Errors are those of the router cut to the kept experts, from NAEE's Gram matrices. The ranks'
 matrices are multiplied back to dense for serving: that saves neither memory nor time, and the plan says so.
 
-Cost: the forward passes of NAEE, twice the experts' outputs; population × generations / 2 subsets per layer; 28
-sequences per item and group through the model. Memory: one layer's Gram matrices. No gradients.
+Cost: the forward passes of NAEE, twice the experts' outputs; E subsets per layer for the importance, then at most
+population + generations × population / 2; 28 sequences per item and group through the model. Memory: one layer's Gram
+matrices, T·E²·8 bytes. No gradients.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from leap_serve.checkpoint import width_of
+from leap_serve.checkpoint import Checkpoint, width_of
 from leap_serve.engine import Progress
-from leap_serve.errors import UsageError
+from leap_serve.errors import UnsupportedError, UsageError
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.provenance import made_by
+from leap_serve.weights.matrices import DTYPES
+from leap_serve.weights.overlays import part_of_expert
 from leap_training.methods.blocks import BlockModel, LayerResults
 from leap_training.methods.naee import AT_ONCE, LayerData
 from leap_training.pruning_space import PruningSpace
@@ -67,6 +70,19 @@ class MoeI2Config:
         """Raise UsageError on the first setting that cannot be carried out."""
         if self.rank is not None and self.rank < 1:
             raise UsageError("--rank", f"is {self.rank}", "give 1 or more")
+
+
+def check_rank(checkpoint: Checkpoint) -> None:
+    """Raise UnsupportedError where the cut could not truncate the experts; to be asked before a model is loaded."""
+    for name, entry in checkpoint.tensors.items():
+        role = checkpoint.role(name)
+        if role.layer not in checkpoint.moe_layers or role.kind not in ("expert", "fused"):
+            continue
+        if entry.dtype not in DTYPES or part_of_expert(role) is None:
+            raise UnsupportedError(
+                "--rank", f"truncates an unquantised gate, up and down matrix of every expert; {name} "
+                f"({entry.dtype} {list(entry.shape)}) is none", "leave it out: whole experts are chosen all the same",
+            )  # fmt: skip
 
 
 def pruned_counts(importance: Sequence[float], total: int, most: Sequence[int]) -> tuple[int, ...]:
@@ -165,6 +181,7 @@ def moe_i2(
     results: LayerResults,
     config: MoeI2Config = MoeI2Config(),
     progress: Progress | None = None,
+    capturing: Progress | None = None,
     **provenance: Any,
 ) -> Plan:
     """Choose counts and experts of every layer; what ``results`` knows is not computed again.
@@ -177,10 +194,11 @@ def moe_i2(
         results: of this very search, so far.
         config: settings.
         progress: called with steps done and steps in all (two per layer and one per group).
+        capturing: called with items done and items in all of the pass that writes the layers' inputs.
         provenance: what else ``made_by`` shall record.
     """
     config.check()
-    search = _Search(model, ids, space, folder, results, config, progress)
+    search = _Search(model, ids, space, folder, results, config, progress, capturing)
     search.importances()
     counts = search.counts()
     search.candidates(counts)
@@ -213,6 +231,7 @@ class _Search:
     results: LayerResults
     config: MoeI2Config
     progress: Progress | None
+    capturing: Progress | None
     done: int = 0
 
     def importances(self) -> None:
@@ -304,7 +323,7 @@ class _Search:
 
     def _data(self, index: int) -> LayerData:
         """Capture once what is asked for first, every layer's input, and read it from then on."""
-        captured = self.model.captured(self.ids, self.folder, self.space.layers)
+        captured = self.model.captured(self.ids, self.folder, self.space.layers, self.capturing)
         return LayerData.of(self.model.layers[index], index, captured)
 
     def _plan(self, index: int, kept: Subset) -> LayerPlan:

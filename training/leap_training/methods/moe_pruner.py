@@ -9,7 +9,8 @@ The native form removes single weights: in a dense kernel neither memory nor tim
 Its knowledge distillation is ``leap tune --baseline kd-experts`` (leap_training.distill).
 
 Cost: a profile with channel sums (the intermediate of every routed token is computed twice), one reading of the
-expert weights, a matrix at a time. No gradients.
+expert weights, a matrix at a time. Memory: the profile, whose channel sums are E·(H + I)·8 bytes per layer, and I·H·8
+bytes for the matrix. No gradients.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Literal
 import numpy as np
 
 from leap_serve.checkpoint import Checkpoint
+from leap_serve.engine import Progress
 from leap_serve.errors import UnsupportedError, UsageError
 from leap_serve.files import sha256_of
 from leap_serve.plan import LayerPlan, Plan, Zeroed
@@ -30,28 +32,35 @@ from leap_serve.weights.matrices import ExpertMatrix, expert_matrices
 from leap_training.saliency import Array
 
 
-def norms_of(layer: LayerProfile, items: int, down: bool) -> Array:
-    """Return √(Σ_t (g_t·x_tj)² / items) of every expert and input channel, [E, H] or, for down, [E, I]."""
+def norms_of(layer: LayerProfile, expert: int, items: int, down: bool) -> Array:
+    """Return √(Σ_t (g_t·x_tj)² / items) of an expert's input channels, [H] or, for down, [I]."""
     sums = layer.mid2 if down else layer.x2
     if sums is None:
         raise UsageError("profile", "has no channel sums", "profile again with --channels")
-    return np.sqrt(sums / items)
+    return np.sqrt(sums[expert] / items)
 
 
-def matrices_of(profile: Profile, checkpoint: Checkpoint) -> Iterator[tuple[ExpertMatrix, Array]]:
-    """Every expert matrix of the profile's layers, and the norms of its input channels."""
-    for matrix in expert_matrices(checkpoint):
-        if matrix.layer in profile.layers:
-            yield matrix, norms_of(profile.layers[matrix.layer], profile.items, matrix.part == "down")[matrix.expert]
+def matrices_of(
+    profile: Profile, checkpoint: Checkpoint, progress: Progress | None = None
+) -> Iterator[tuple[ExpertMatrix, Array]]:
+    """Every expert matrix of the profile's layers, and the norms of its input channels.
+
+    ``progress`` is called with matrices done and matrices in all.
+    """
+    found = [matrix for matrix in expert_matrices(checkpoint) if matrix.layer in profile.layers]
+    for done, matrix in enumerate(found, 1):
+        yield matrix, norms_of(profile.layers[matrix.layer], matrix.expert, profile.items, matrix.part == "down")
+        if progress is not None:
+            progress(done, len(found))
 
 
-def moe_pruner(profile: Profile, checkpoint: Checkpoint) -> dict[int, Array]:
+def moe_pruner(profile: Profile, checkpoint: Checkpoint, progress: Progress | None = None) -> dict[int, Array]:
     """Return every expert's score Σ_ij |W_ij|·norm_j over gate, up and down, {layer: [E] float64}.
 
-    Raises UsageError where the profile has no channel sums.
+    ``progress`` is called with matrices done and matrices in all. Raises UsageError where the profile has no channel sums.
     """
     found = {index: np.zeros(profile.num_experts) for index in profile.layers}
-    for matrix, norms in matrices_of(profile, checkpoint):
+    for matrix, norms in matrices_of(profile, checkpoint, progress):
         found[matrix.layer][matrix.expert] += float(np.abs(matrix.read()).sum(0, dtype=np.float64) @ norms)
     return found
 
@@ -71,7 +80,7 @@ def unstructured(
     if not 0.0 < ratio < 1.0 or (pattern == "2:4" and ratio != 0.5):
         raise UsageError("--sparsity", f"is {ratio} with --zero {pattern}", "give a fraction in (0, 1); 2:4 is 0.5")
     for layer in profile.layers.values():
-        norms_of(layer, profile.items, down=False)
+        norms_of(layer, 0, profile.items, down=False)
     if checkpoint.family.fused_halves:
         raise UnsupportedError(
             folder, "its experts are fused in one tensor, of which the cut zeroes no single weights",

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from leap_serve.architectures import Family
 from leap_serve.engine import Progress
 from leap_serve.errors import LeapError, UnsupportedError
 from leap_serve.plan import LayerPlan, Plan
@@ -137,6 +138,7 @@ def naee(
     progressive: bool = False,
     progress: Progress | None = None,
     skip: bool = False,
+    capturing: Progress | None = None,
     **provenance: Any,
 ) -> Plan:
     """Choose every layer's experts; what ``results`` knows is not computed again.
@@ -150,12 +152,11 @@ def naee(
         progressive: take a layer's inputs from the model as it is pruned before that layer.
         progress: called with layers done and layers in all.
         skip: make dynamic skipping by β_l part of the plan.
+        capturing: called with items done and items in all of the pass that writes every layer's inputs; a progressive
+            one has a pass for each layer instead, as part of it.
         provenance: what else ``made_by`` shall record.
     """
-    if not space.uniform:
-        raise UnsupportedError("--allocation", "NAEE retains equally many in every layer", "choose uniform")
-    if model.family.weight_on_input and space.temperature != 1.0:
-        raise UnsupportedError("--temperature", "is part of this model's expert inputs", "leave it out")
+    check_space(space, model.family, skip)
     experts, keep = space.routing.num_experts, space.cap
     layers = {
         index: LayerPlan(tuple(range(experts)), top_k, space.temperature)
@@ -163,7 +164,7 @@ def naee(
     }
     full = {index: LayerPlan(tuple(range(experts)), k) for index, k in space.routing.top_k.items()}
     left = [index for index in layers if results.get(index) is None]
-    captured = model.capture(ids, folder, left) if left and not progressive else None
+    captured = model.capture(ids, folder, left, progress=capturing) if left and not progressive else None
     for number, index in enumerate(layers, 1):
         if results.get(index) is None:
             if progressive:
@@ -189,9 +190,13 @@ def naee(
     return replace(found, layers={index: replace(layer, skip=beta[index]) for index, layer in found.layers.items()})
 
 
-def check_skip(space: PruningSpace) -> None:
-    """Raise UnsupportedError where a token uses one expert in every layer; to be asked before a model is loaded."""
-    if max(space.top_k) < 2:
+def check_space(space: PruningSpace, family: Family, skip: bool = False) -> None:
+    """Raise UnsupportedError for plans that NAEE cannot search or skip by; to be asked before a model is loaded."""
+    if not space.uniform:
+        raise UnsupportedError("--allocation", "NAEE retains equally many in every layer", "choose uniform")
+    if family.weight_on_input and space.temperature != 1.0:
+        raise UnsupportedError("--temperature", "is part of this model's expert inputs", "leave it out")
+    if skip and max(space.top_k) < 2:
         raise UnsupportedError("--skip", "every token uses one expert, so there is none to skip", "leave it out")
 
 

@@ -38,14 +38,12 @@ METHODS: tuple[Method, ...] = (
     Method("reap", "Lasby et al. 2025, REAP", "profile", False, _ONCE),
     Method("easy-ep", "Dong et al. 2025, EASY-EP", "profile", False, _ONCE),
     Method("moe-pruner", "Xie et al. 2024, MoE-Pruner", "profile and weights", False, "none (a profile --channels)"),
-    Method("intra", "LExI §2", "profile and weights", False, "none (a profile --channels)", "channels"),
+    Method("intra", "LExI §3", "profile and weights", False, "none (a profile --channels)", "channels"),
     Method("magnitude", "baseline of LEAP §4.1", "nothing", False, "none (weights only)"),
     Method("random", "control", "nothing", False, "none"),
     Method("naee", "Lu et al. 2024, NAEE §3.2", "items", False, "C(E, r) subsets per layer; greedy above 20,000"),
     Method("naee-progressive", "Lu et al. 2024, NAEE §3.2", "items", False, "as naee, on the pruned model's inputs"),
-    Method(
-        "moe-i2", "Yang et al. 2024, MoE-I²", "items", False, "100 sets × 50 generations per layer, 27 per 3 layers"
-    ),
+    Method("moe-i2", "Yang et al. 2024, MoE-I²", "items", False, "100 + 50 × 50 sets per layer, 27 per 3 layers"),
     Method(
         "hc-smoe", "Chen et al. 2024, HC-SMoE", "items", False, "none (all experts on all tokens)", "merged experts"
     ),

@@ -78,6 +78,12 @@ class TsepConfig:
                              "give 2 steps or more, 1 window or more and β in (0, 1)")  # fmt: skip
 
 
+def check_space(space: PruningSpace) -> None:
+    """Raise UnsupportedError where layers may retain different numbers; to be asked before a model is loaded."""
+    if not space.uniform:
+        raise UnsupportedError("--allocation", "TSEP retains equally many in every layer", "choose uniform")
+
+
 def drop(share: Sequence[float], alive: Sequence[int], target: int, beta: float, force: bool) -> tuple[int, ...]:
     """Return the experts of a layer that stay after a window, increasing.
 
@@ -110,8 +116,7 @@ class Tsep:
         state: Path | None = None, identity: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         config.check()
-        if not space.uniform:
-            raise UnsupportedError("--allocation", "TSEP retains equally many in every layer", "choose uniform")
+        check_space(space)
         self.model, self.space, self.items, self.config = model, space, items, config
         self.state, self.identity = state, identity or {}
         experts = space.routing.num_experts
