@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import os
 import re
 import signal
@@ -30,7 +29,14 @@ def dying_with_parent(number: int) -> Callable[[], object] | None:
     if sys.platform != "linux":
         return None
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-    return functools.partial(ctypes.CDLL(None).prctl, set_parent_death_signal, int(number))
+    libc, parent = ctypes.CDLL(None), os.getpid()
+
+    def bind() -> None:
+        libc.prctl(set_parent_death_signal, int(number))
+        if os.getppid() != parent:  # it ended before the kernel knew, and no signal will come
+            os._exit(1)
+
+    return bind
 
 
 class Server:

@@ -151,6 +151,23 @@ def test_a_stopped_contender_dies_with_its_parent() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="parent-death signals are Linux's")
+def test_a_child_whose_parent_ended_before_it_could_ask_for_a_signal_ends_at_once() -> None:
+    script = """
+import os, signal, time
+from leap_serve.server.launch import dying_with_parent
+bind, parent = dying_with_parent(signal.SIGTERM), os.getpid()
+if os.fork() == 0:
+    while os.getppid() == parent:
+        time.sleep(0.01)
+    print("orphan", flush=True)
+    bind()
+    print("alive", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "orphan\n", done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="parent-death signals are Linux's")
 def test_a_server_ends_with_the_process_that_started_it(family_checkpoint: Callable[[str], Path]) -> None:
     folder = family_checkpoint("qwen3_moe")
     parent = subprocess.Popen(
