@@ -39,7 +39,7 @@ from leap_serve.errors import LeapError
 from leap_serve.evaluation.evaluate import evaluate
 from leap_serve.files import append_jsonl, read_json, read_jsonl, write_json
 from leap_serve.flops import parameters
-from leap_serve.plan import Plan
+from leap_serve.plan import LayerPlan, Plan
 from leap_serve.search_flags import reads
 from leap_serve.tasks.registry import load_task
 from leap_training.finetune import FinetuneConfig, finetune
@@ -48,14 +48,15 @@ RESULTS = Path(__file__).parent / "results" / "methods.jsonl"
 TASKS = ("toy-gsm", "toy-code", "toy-xsum")
 ONE_SHOT = ("frequency", "gate-mass", "ean", "ean-mean", "ean-weighted", "reap", "magnitude")
 FULL, OWN = "full-model", "its own"
+TWIN = ("model", "task", "experts", "method", "seed")
 DATA_FREE = ("magnitude", "random")
 UNSEEDED = (FULL, *ONE_SHOT, "easy-ep", "moe-pruner", "intra")
 """Methods whose plan does not depend on the seed; the seed of their one row is 0."""
-RESUMED = ("naee", "naee-progressive", "moe-i2", "hc-smoe", "lexi", "leap", "tsep", "eep")
+RESUMED = ("naee", "naee-progressive", "moe-i2", "hc-smoe", "lexi", "leap", "tsep", "eep", "rco")
 """Methods that keep a state while they search."""
 METHODS = (
     FULL, *ONE_SHOT, "random", "easy-ep", "moe-pruner", "naee", "naee-progressive", "moe-i2", "hc-smoe", "intra", "lexi",
-    "leap", "tsep", "eep",
+    "leap", "tsep", "eep", "random-search", "greedy", "evolution", "rco",
 )  # fmt: skip
 """Cheap ones first."""
 
@@ -117,7 +118,7 @@ def known(results: Path, size: Size) -> set[Cell]:
     """Cells that need no run: rows that are there, and their twins in the rows of other benches."""
     done = {Cell.of(row) for row in read_jsonl(results)}
     for row in read_jsonl(results.parent / "search_methods.jsonl"):
-        if row["allocation"] == "uniform" and not row["warm"]:
+        if at_one_count(row):
             done.add(Cell(row["model"], row["task"], row["experts"], row["method"], row["seed"], "none"))
     for row in read_jsonl(results.parent / "lookahead.jsonl"):
         done.add(Cell(row["model"], row["task"], row["experts"], row["method"], row["seed"], size.tuned))
@@ -127,11 +128,17 @@ def known(results: Path, size: Size) -> set[Cell]:
     return done
 
 
+def at_one_count(row: Mapping[str, Any]) -> bool:
+    """Whether a row of search_methods.jsonl is what a search by itself gives: equal counts, from a cold start."""
+    return row["allocation"] == "uniform" and not row["warm"]
+
+
 class Bench:
     """A model, and where its profiles and plans are kept."""
 
-    def __init__(self, model: str, size: Size, work: Path) -> None:
-        self.size = size
+    def __init__(self, model: str, size: Size, work: Path, results: Path) -> None:
+        self.size, self.model = size, model
+        self.searched = [row for row in read_jsonl(results.parent / "search_methods.jsonl") if at_one_count(row)]
         self.folder = resolve_model(model)
         self.source = Checkpoint.open(self.folder)
         # By content: a model that is trained again has profiles and plans of its own.
@@ -162,6 +169,8 @@ class Bench:
 
     def plan(self, cell: Cell) -> tuple[Plan, dict[str, Any]]:
         """A cell's plan, found once, and its seconds by the clock and of this process's cores; of the last run if resumed."""
+        if (twin := self.twin(cell)) is not None:
+            return twin
         home = self.home(cell)
         if not (home / "cost.json").exists():
             source = self.folder if cell.method in DATA_FREE else self.profile(cell.task)
@@ -173,6 +182,21 @@ class Bench:
                 home / "cost.json", {name: round(seconds, 1) for name, seconds in cost.items()} | {"resumed": resumed}
             )
         return Plan.load(home / "plan.json"), read_json(home / "cost.json")
+
+    def twin(self, cell: Cell) -> tuple[Plan, dict[str, Any]] | None:
+        """The plan that search_methods.py scored under the same names: a tuned row is then of the plan that its untuned twin is of."""
+        seed = 0 if cell.method in UNSEEDED else cell.seed
+        for row in self.searched:
+            if (self.model, cell.task, cell.experts, cell.method, seed) == tuple(row[name] for name in TWIN):
+                layers = {
+                    index: LayerPlan(tuple(ids), min(self.source.top_k, len(ids)))
+                    for index, ids in zip(self.source.moe_layers, row["retained"], strict=True)
+                }
+                plan = Plan(self.source.identity(), self.source.num_experts, layers)
+                # Of a model that was trained again since, or at another temperature, it is another plan.
+                if plan.fingerprint == row["fingerprint"]:
+                    return plan, {"plan_of": "search_methods.jsonl"}
+        return None
 
     def home(self, cell: Cell) -> Path:
         seed = 0 if cell.method in UNSEEDED else cell.seed
@@ -274,7 +298,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     size = SMOKE if args.smoke else Size()
-    bench, done = Bench(args.model, size, args.work), known(args.results, size)
+    bench, done = Bench(args.model, size, args.work, args.results), known(args.results, size)
     missing = [cell for cell in planned(args, size) if cell not in done]
     for number, cell in enumerate(missing, 1):
         row = bench.measure(cell)
