@@ -7,7 +7,7 @@
 Each plan is made by `leap search --method` itself, run in this process with its default settings; profiles of 256
 training items by `leap profile`, with --channels where the model has them. It is cut, and the cut scored on test items in the engine that serves.
 Tuning is leap_training.finetune's, 400 steps on 1,000 items, the same for all; tsep tunes while it prunes, and the
-model that it leaves is a row of its own. Methods with a form of their own take the nearest to the budget: intra keeps
+model that it leaves is a row of its own. Merged, uneven and narrowed cuts are tuned as they are. Methods with a form of their own take the nearest to the budget: intra keeps
 that share of every expert's channels, lexi halves the active experts; shares of FLOPs and weights stand in each row.
 A method that refuses a model leaves a row with its reason. One row per (model, task, experts, method, seed, tuning) in
 bench/results/methods.jsonl; a row that is there, or whose twin is in search_methods.jsonl, lookahead.jsonl or
@@ -234,8 +234,6 @@ class Bench:
         cut(self.folder, plan, work / "cut")
         if cell.tuning == "none":
             return work / "cut"
-        if not plan.is_uniform:
-            raise LeapError(cell.method, "its cut is of our own form, which finetune does not load", "not tuned here")
         finetune(work / "cut", cell.task, work / "tuned", replace(self.size.tuning, seed=cell.seed))
         return work / "tuned"
 

@@ -43,6 +43,14 @@ class Merge:
         found = {expert: slot for slot, row in enumerate(self.router) for expert, _ in row}
         return [found[expert] for expert in range(num_experts)]
 
+    def matrix(self, num_experts: int) -> list[list[float]]:
+        """The router map W_RM as rows [r][E]."""
+        dense = [[0.0] * num_experts for _ in self.router]
+        for values, row in zip(dense, self.router, strict=True):
+            for expert, weight in row:
+                values[expert] = weight
+        return dense
+
 
 @dataclass(frozen=True, slots=True)
 class Zeroed:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli import main
 from leap_serve.cut.write import cut
-from leap_serve.plan import LayerPlan, Plan
+from leap_serve.plan import LayerPlan, Merge, Plan
 from leap_serve.tasks.registry import TASKS
 from reference import Layer, reference_logprobs
 from serving import Job, serve
@@ -38,6 +39,21 @@ def uneven_plan(folder: Path, seed: int = 1, temperatures: Sequence[float] = TEM
         for layer, i, tau in zip(checkpoint.moe_layers, range(4), temperatures, strict=False)
     }
     return Plan(checkpoint.identity(), checkpoint.num_experts, layers)
+
+
+def merging_plan(full: Path, applied: Literal["ids", "probabilities"]) -> Plan:
+    """Experts merged in pairs, unevenly: the last layer merges nothing, so it keeps all; temperatures of the uneven plan."""
+    plan = uneven_plan(full)
+    half = plan.num_experts // 2
+    pairs = tuple(((e, 0.25), (e + half, 0.75)) for e in range(half))
+    router = pairs if applied == "probabilities" else tuple(((e, 1.0), (e + half, 1.0)) for e in range(half))
+    merged = {i: replace(layer, retained=tuple(range(half)), top_k=min(2, layer.top_k), merge=Merge(pairs, router, applied))
+              for i, layer in plan.layers.items()}  # fmt: skip
+    last = max(merged)
+    whole = tuple(((e, 1.0),) for e in range(plan.num_experts))
+    every = tuple(range(plan.num_experts))
+    merged[last] = replace(merged[last], retained=every, merge=Merge(whole, whole, applied))
+    return replace(plan, layers=merged)
 
 
 def prompts(vocabulary: int, seed: int = 0) -> list[list[int]]:

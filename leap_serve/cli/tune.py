@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli.console import noted_bar, say, table
 from leap_serve.cut.write import check_destination
-from leap_serve.errors import UnsupportedError, UsageError
+from leap_serve.errors import UsageError
 from leap_serve.files import check_place, new_folder
 from leap_serve.tasks.base import Item, Task, fingerprint
 from leap_serve.tasks.registry import NAMES, PUBLISHED, items_from_file, load_task
@@ -181,7 +181,7 @@ def _source(args: argparse.Namespace) -> Path:
     if args.pool < 1 or args.held_out < 1:
         raise UsageError("--pool, --held-out", f"are {args.pool} and {args.held_out}", "give 1 or more")
     if args.baseline:
-        _check_baseline(args, checkpoint, checkpoint.plan)
+        _check_baseline(args, checkpoint.plan)
     if args.teacher:
         _check_teacher(args, checkpoint.plan)
     if args.state is not None:
@@ -194,14 +194,9 @@ def _source(args: argparse.Namespace) -> Path:
     return folder
 
 
-def _check_baseline(args: argparse.Namespace, checkpoint: Checkpoint, plan: Plan) -> None:
+def _check_baseline(args: argparse.Namespace, plan: Plan) -> None:
     """Refuse a rival that this cut does not allow."""
     where = f"--baseline {args.baseline}"
-    if not plan.is_uniform:
-        raise UnsupportedError(
-            checkpoint.folder, "its layers differ in experts, top_k or temperature, and a baseline writes a checkpoint of "
-            "transformers, which holds one of each for all", "tune it without --baseline, or cut a uniform plan",
-        )  # fmt: skip
     if args.out is None:
         raise UsageError("--baseline", "writes whole weights", "name a folder for them with --out")
     method = plan.made_by.get("method")

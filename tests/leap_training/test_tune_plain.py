@@ -22,6 +22,7 @@ from leap_serve.errors import CheckpointError, LeapError, UnsupportedError
 from leap_training.active_learning import Acquisition
 from leap_training.tune import Tuner
 from leap_training.tune_result import report_of, write_plain
+from parity import uneven_plan
 from tiny_tokenizer import add_tokenizer
 from tune_runs import DATA, SMALL, tuned
 
@@ -71,6 +72,21 @@ def changed_kinds(before: Checkpoint, after: Checkpoint) -> set[str]:
     assert described[0] == described[1]
     names = (name for name, e in after.tensors.items() if read_bytes(e) != read_bytes(before.tensors[name]))
     return {after.role(name).kind for name in names}
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_rivals_cut_may_be_uneven(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = add_tokenizer(make_checkpoint(family, tmp_path / "whole", dtype="bfloat16"))
+    plan = uneven_plan(whole)
+    cut(whole, plan, tmp_path / "cut")
+    rival, out = tuned(tmp_path / "cut", BRIEF), tmp_path / "out"
+    losses = rival.item_losses(DATA.stopping)[0]
+    write_plain(rival, tmp_path / "cut", out, report_of(rival, None), False)
+    assert main(["verify", str(out)]) == 0 and "Traceback" not in capsys.readouterr().err
+    found = Checkpoint.open(out)
+    assert changed_kinds(rival.checkpoint, found) == {"router", "expert" if family == "qwen3_moe" else "fused"}
+    assert found.plan == plan and found.config == rival.checkpoint.config
+    np.testing.assert_allclose(Tuner(out, DATA, SMALL).item_losses(DATA.stopping)[0], losses, atol=0.05)
 
 
 def test_a_cut_that_is_damaged_or_not_the_tuned_one_leaves_nothing(rival: Tuner, tmp_path: Path) -> None:

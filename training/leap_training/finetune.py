@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from leap_serve.files import new_folder
+from leap_serve.checkpoint import Checkpoint
+from leap_serve.engines.torch_cut import load_model
 from leap_serve.provenance import made_by
 from leap_serve.tasks.base import Item
 from leap_serve.tasks.registry import load_task
 from leap_training.batches import Batch, collate, use_fast_experts, weighted_loss
+from leap_training.whole import write_whole
 
+REPORT = "finetune.json"
 ITEMS = 1000
 STEPS = 400
 
@@ -49,9 +52,12 @@ def finetune(
     progress: Callable[[int, int], None] | None = None,
     force: bool = False,
 ) -> list[float]:
-    """Tune the experts and routers of a stock-loadable checkpoint and write it to ``out``; return the losses."""
+    """Tune the experts and routers of a checkpoint and write it, whole, to ``out``; return the losses.
+
+    A cut may be of any plan that transformers holds (engines.torch_cut): uneven, merged, skipping. Its router map and β stay.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = load_model(Checkpoint.open(folder), torch.float32)
     use_fast_experts(model)
     routers = (".gate.weight", ".router.weight")
     tuned = [p for name, p in model.named_parameters() if ".experts." in name or name.endswith(routers)]
@@ -62,11 +68,8 @@ def finetune(
     items = load_task(task_name).items("train", config.items, seed=config.seed)
     batches = (collate(tokenizer, chosen, prompt_weight=0.0) for chosen in in_order(items, config))
     losses = take_steps(model, tuned, batches, config, progress)
-    with new_folder(out, force) as work:
-        model.to(torch.bfloat16).save_pretrained(work)
-        tokenizer.save_pretrained(work)
-        note = made_by(task=task_name, items=config.items, steps=config.steps, seed=config.seed, losses=losses)
-        (work / "finetune.json").write_text(json.dumps(note, indent=1) + "\n")
+    note = made_by(task=task_name, items=config.items, steps=config.steps, seed=config.seed, losses=losses)
+    write_whole(model, folder, out, (REPORT, note), force)
     return losses
 
 

@@ -78,6 +78,7 @@ class Tuner:
             what = f"{config.batch} items in a step for {self.accelerator.num_processes} processes"
             raise UsageError("--batch", what, "give each process at least one")
         self.checkpoint = Checkpoint.open(folder)
+        self._check_routed()
         if config.experts == "full":
             self._check_unpacked()
         self.pool = Pool(data.pool, data.tests)
@@ -112,6 +113,17 @@ class Tuner:
         self.progress = Progress()
         self.best: dict[str, torch.Tensor] = {}
         self._resume()
+
+    def _check_routed(self) -> None:
+        """Refuse a cut whose routers do more than the routing agent's heads, which answer in their place."""
+        plan = self.checkpoint.plan
+        for index, layer in plan.layers.items() if plan else ():
+            if layer.maps_router or layer.skip is not None:
+                does = "maps its router to merged experts" if layer.maps_router else "skips experts"
+                raise UnsupportedError(
+                    self.checkpoint.folder, f"layer {index} {does}, which the routing agent cannot train",
+                    "tune the experts alone: python -m leap_training.finetune",
+                )  # fmt: skip
 
     def _check_unpacked(self) -> None:
         """Refuse, before the run, to tune weights that could not be written back as the cut holds them."""

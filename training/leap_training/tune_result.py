@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import safe_open
 
-from leap_serve.adapter import RouterHead, plain_name, write_overlays
-from leap_serve.checkpoint import INDEX, MANIFEST, Checkpoint, check_cut
-from leap_serve.cut.write import MAX_SHARD_BYTES, copy_others, whole_folder
-from leap_serve.errors import LeapError
+from leap_serve.adapter import RouterHead, write_overlays
 from leap_serve.files import write_json
 from leap_serve.provenance import made_by, versions
 from leap_training.adapters import save
 from leap_training.tune import Tuner
+from leap_training.whole import write_whole
 
 REPORT = "tune.json"
 SIGNIFICANT = 0.05
 FLIPS = 10_000
-DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 Losses = npt.NDArray[np.float64]
 
@@ -117,56 +112,11 @@ def write_tuned(tuner: Tuner, folder: Path, report: Mapping[str, Any]) -> None:
 
 
 def write_plain(tuner: Tuner, source: Path, out: Path, report: Mapping[str, Any], force: bool) -> None:
-    """Write a whole checkpoint with the tuned experts and routers in their places: a cut like ``source``.
-
-    transformers writes what it holds, in fp32; each tensor then takes the place of the cut's own in a copy of its shards,
-    in that one's dtype. So names, fingerprints and config stay the cut's, and so does what transformers does not read
-    (MTP layers, a vision tower). The result appears under ``out`` whole and checked, or not at all.
-
-    Raises:
-        CheckpointError, LeapError: the cut is damaged, or transformers' tensors are not the cut's; nothing is left.
-    """
-    cut = Checkpoint.open(source)
-    check_cut(cut)
+    """Write a whole checkpoint with the tuned experts and routers in their places: see write_whole, which can refuse."""
     tuner.agent.close()
     with torch.no_grad():
         for head in tuner.agent.heads:
             head.router.weight.copy_(head.weight)
             if head.bias is not None:
                 head.router.bias.copy_(head.bias)
-    held = sum(parameter.nbytes for parameter in tuner.base.parameters())
-    with whole_folder(out, force, cut.weight_bytes + held) as work:
-        for file in cut.metadata:
-            shutil.copyfile(source / file, work / file)
-        if (source / INDEX).exists():
-            shutil.copyfile(source / INDEX, work / INDEX)
-        with tempfile.TemporaryDirectory(dir=work) as scratch:
-            tuner.base.save_pretrained(scratch, max_shard_size=MAX_SHARD_BYTES)
-            _fill(work, cut, sorted(Path(scratch).glob("*.safetensors")))
-        copy_others(work, cut, {layer: range(cut.experts_in(layer)) for layer in cut.moe_layers + cut.mtp_layers})
-        write_json(work / "config.json", {**cut.config, "architectures": [plain_name(cut)]})
-        shutil.copyfile(source / MANIFEST, work / MANIFEST)
-        write_json(work / REPORT, dict(report))
-        check_cut(Checkpoint.open(work))
-
-
-def _fill(work: Path, cut: Checkpoint, saved: Sequence[Path]) -> None:
-    """Put the tensors of the files ``saved`` into the shards in ``work``, which lie there as they are in the cut."""
-    left = {name for name in cut.tensors if cut.role(name).kind != "other" and cut.role(name).layer in cut.moe_layers}
-    for path in saved:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                # A model of several modalities holds the text model, which alone is tuned, below this name.
-                own = name if name in cut.tensors else f"language_model.{name}"
-                entry, tensor = cut.tensors.get(own), file.get_tensor(name)
-                if entry is None or entry.shape != tuple(tensor.shape) or entry.dtype not in DTYPES:
-                    there = f"{entry.dtype} {list(entry.shape)}" if entry else "nothing of this name"
-                    what = f"has {there} where transformers holds {name} {list(tensor.shape)}"
-                    raise LeapError(cut.folder, what, "tune it without --baseline")
-                with (work / entry.file.name).open("r+b") as shard:
-                    shard.seek(entry.begin)
-                    shard.write(tensor.to(DTYPES[entry.dtype]).contiguous().view(torch.uint8).numpy().tobytes())
-                left.discard(own)
-    if left:
-        what = f"holds {min(left)} and {len(left) - 1} more, which transformers does not"
-        raise LeapError(cut.folder, what, "tune it without --baseline")
+    write_whole(tuner.base, source, out, (REPORT, report), force)

@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
 def apply_plan(router: Any, layer: LayerPlan, num_experts: int, device: torch.device) -> None:
     """Make a router of vLLM (a BaseRouter) route as a plan says beyond its experts and top_k."""
+    import torch
+
     if layer.merge is not None and layer.maps_router and layer.merge.applied == "probabilities":
-        map_probabilities(router, _dense(layer.merge.router, num_experts, device), layer.temperature)
+        matrix = torch.tensor(layer.merge.matrix(num_experts), dtype=torch.float32, device=device)
+        map_probabilities(router, matrix, layer.temperature)
     else:
         if layer.temperature != 1.0:
             apply_temperature(router, layer.temperature)
@@ -113,14 +116,3 @@ def skipped(
         least = torch.finfo(left.dtype).tiny  # padded tokens weigh nothing
         left = left * (weights.sum(-1, keepdim=True) / left.sum(-1, keepdim=True).clamp_min(least))
     return left, torch.where(keep, ids, ids.gather(1, place))
-
-
-def _dense(rows: Sequence[Sequence[tuple[int, float]]], num_experts: int, device: torch.device) -> torch.Tensor:
-    """Return sparse rows as a matrix [r, E] in float32."""
-    import torch
-
-    matrix = torch.zeros(len(rows), num_experts, dtype=torch.float32)
-    for slot, row in enumerate(rows):
-        for expert, weight in row:
-            matrix[slot, expert] = weight
-    return matrix.to(device)

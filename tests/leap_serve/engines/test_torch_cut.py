@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from extras_reference import clustered_logprobs, extras_logprobs
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.cut.write import cut
 from leap_serve.engines.torch_cut import load_model
 from leap_serve.engines.torch_subsets import moe_blocks
 from leap_serve.errors import UnsupportedError
-from parity import CONTROL, TOLERANCE, largest_difference, prompts, uneven_plan
+from parity import CONTROL, TOLERANCE, largest_difference, merging_plan, prompts, uneven_plan
 from tuning import cut_in_memory, logprobs_of
 
 FAMILIES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "gpt_oss", "llama4_text", "glm4_moe")
@@ -37,11 +38,41 @@ def test_an_uneven_cut_answers_as_the_sliced_model(
     assert largest_difference(got, logprobs_of(cut_in_memory(full, flat), PROMPTS)) > CONTROL
 
 
-def test_what_transformers_cannot_hold_is_refused(family_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cut_whose_router_maps_ids_answers_as_the_reference(
+    family: str, family_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    full = family_checkpoint(family)
+    plan = merging_plan(full, "ids")
+    cut(full, plan, tmp_path / "cut")
+    got = logprobs_of(load_model(Checkpoint.open(tmp_path / "cut"), torch.float32).eval(), PROMPTS)
+    assert largest_difference(got, clustered_logprobs(full, plan, PROMPTS)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe"))
+def test_a_cut_that_maps_probabilities_or_skips_answers_as_the_reference(
+    family: str, family_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    full = family_checkpoint(family)
+    uneven = uneven_plan(full)
+    strong = {i: replace(one, skip=0.8 if one.top_k > 1 else None) for i, one in uneven.layers.items()}
+    plans = {"map": merging_plan(full, "probabilities"), "skip": replace(uneven, layers=strong)}
+    for name, plan in plans.items():
+        cut(full, plan, tmp_path / name)
+        got = logprobs_of(load_model(Checkpoint.open(tmp_path / name), torch.float32).eval(), PROMPTS)
+        wanted, _ = extras_logprobs(full, plan, PROMPTS)
+        assert largest_difference(got, wanted) <= TOLERANCE
+        without = replace(plan, layers={i: replace(one, skip=None) for i, one in plan.layers.items()})
+        assert name == "map" or largest_difference(got, extras_logprobs(full, without, PROMPTS)[0]) > CONTROL
+
+
+def test_widths_that_differ_are_refused(family_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     full = family_checkpoint("qwen3_moe")
     plan = uneven_plan(full)
-    first = min(plan.layers)
     cut(full, plan, tmp_path / "cut")
-    skipping = replace(plan, layers={**plan.layers, first: replace(plan.layers[first], skip=0.5)})
-    with pytest.raises(UnsupportedError, match="skip experts"):
-        load_model(replace(Checkpoint.open(tmp_path / "cut"), plan=skipping), torch.float32)
+    narrow = {
+        i: replace(layer, channels=tuple(tuple(range(2 + i)) for _ in layer.retained))
+        for i, layer in plan.layers.items()
+    }
+    with pytest.raises(UnsupportedError, match="differ in width"):
+        load_model(replace(Checkpoint.open(tmp_path / "cut"), plan=replace(plan, layers=narrow)), torch.float32)
