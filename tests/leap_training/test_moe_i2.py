@@ -117,6 +117,24 @@ def test_importance_candidates_and_groups_are_those_of_real_blocks(
     assert results.get(3)["chosen"] == 0, "a group of one takes its best"
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "gpt_oss", "llama4_text", "glm4_moe"])
+def test_plans_that_share_their_first_layers_answer_as_each_alone(
+    family: str, family_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = open_model(family_checkpoint, family, tmp_path)
+    ids, layers = model.encode(ITEMS[:1])[0], sorted(model.layers)
+    group = layers[1:3]
+    full = {i: LayerPlan(tuple(range(E)), model.layers[i].top_k) for i in layers}
+    base = model.checkpoint.identity()
+    kept = [tuple(range(E)), (0, 2, 3, 5), (1, 4, 6, 7)]
+    plans = [Plan(base, E, full | {i: LayerPlan(one, full[i].top_k) for i in group}) for one in kept]
+    got = model.block_outputs(ids, plans, group)
+    assert got.shape[:2] == (3, len(ids))
+    for row, plan in zip(got, plans, strict=True):
+        torch.testing.assert_close(row, model.block_outputs(ids, [plan], layers[: layers.index(group[-1]) + 1])[0])
+    assert not torch.allclose(got[0], got[1], atol=1e-3) and not torch.allclose(got[1], got[2], atol=1e-3)
+
+
 def test_a_killed_search_continues_where_it_was(family_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     model = open_model(family_checkpoint, "qwen3_moe", tmp_path)
     ids, space, path = model.encode(ITEMS[:2]), space_of(model, 5), tmp_path / "layers.json"

@@ -161,25 +161,42 @@ class BlockModel:
         return self._captured[1]
 
     @torch.inference_mode()  # type: ignore[untyped-decorator, unused-ignore]
-    def block_outputs(self, ids: Sequence[int], plans: Sequence[Plan], layer: int) -> torch.Tensor:
-        """Return what decoder block ``layer`` puts out for one item under each plan, [S, T, H]."""
+    def block_outputs(self, ids: Sequence[int], plans: Sequence[Plan], layers: Sequence[int]) -> torch.Tensor:
+        """Return what the decoder block of the last of ``layers`` puts out for one item under each plan, [S, T, H].
+
+        The plans may differ in ``layers`` alone: blocks before the first run once, with the first plan, and only from
+        there on once per plan.
+        """
         seen: list[torch.Tensor] = []
+
+        def spread(
+            _module: Any, args: tuple[Any, ...], given: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            # What comes along (mask, rotary angles) has one row, too, and broadcasts.
+            if args:
+                return (args[0].expand(len(plans), -1, -1), *args[1:]), given
+            return args, given | {"hidden_states": given["hidden_states"].expand(len(plans), -1, -1)}
 
         def keep(_module: Any, _args: Any, output: Any) -> None:
             seen.append(output[0] if isinstance(output, tuple) else output)
             raise _EnoughError
 
-        names = {id(block): name for name, block in self.model.named_modules()}
-        decoder = self.model.get_submodule(names[id(self.layers[layer].block)].rpartition(".")[0])
         with masked_routers(self.model, self.family) as routers, ExitStack() as stack:
-            stack.callback(decoder.register_forward_hook(keep).remove)
+            stack.callback(self._decoder(layers[0]).register_forward_pre_hook(spread, with_kwargs=True).remove)
+            stack.callback(self._decoder(layers[-1]).register_forward_hook(keep).remove)
             routers.assign(plans)
-            rows = torch.tensor([list(ids)] * len(plans), device=self.device)
+            for index, router in routers.layers.items():
+                router.rows = router.rows[:1] if index < layers[0] else router.rows
             try:
-                self.model(input_ids=rows, use_cache=False)
+                self.model(input_ids=torch.tensor([list(ids)], device=self.device), use_cache=False)
             except _EnoughError:
                 pass
         return seen[0]
+
+    def _decoder(self, layer: int) -> Any:
+        """The decoder block that holds a MoE block."""
+        names = {id(block): name for name, block in self.model.named_modules()}
+        return self.model.get_submodule(names[id(self.layers[layer].block)].rpartition(".")[0])
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ combinations are compared. Errors are those of the router cut to the kept expert
 matrices are multiplied back to dense for serving: that saves neither memory nor time, and the plan says so.
 
 Cost: the forward passes of NAEE, twice the experts' outputs; E subsets per layer for the importance, then at most
-population + generations × population / 2; 28 sequences per item and group through the model. Memory: one layer's Gram
+population + generations × population / 2; per item and group one sequence through the layers before it and 28
+through its own. Memory: one layer's Gram
 matrices, T·E²·8 bytes. No gradients.
 """
 
@@ -306,7 +307,7 @@ class _Search:
         whole = [Plan(self.space.routing.base, experts, plan) for plan in plans]
         total = torch.zeros(len(options), dtype=torch.float64)
         for one in self.ids:
-            outputs = self.model.block_outputs(one, whole, group[-1]).double()
+            outputs = self.model.block_outputs(one, whole, group).double()
             total += (outputs[1:] - outputs[:1]).flatten(1).norm(dim=1).cpu()
         return total.tolist()
 
