@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,6 +62,37 @@ def test_phase_one_prunes_and_phase_two_merges() -> None:
     assert any(not np.array_equal(one.experts, one.router) for one in seen[48:])
     with pytest.raises(UsageError, match="two populations of 16"):
         EepConfig(evaluations=31).check()
+
+
+def test_phase_one_ends_at_the_best_of_all_plans() -> None:
+    """Two layers of 56 subsets, 3,136 plans: a loss that no layer has for itself, so that the best is not made of two bests."""
+    draw = np.random.default_rng(0)
+    own, both = draw.normal(size=(2, E)), draw.normal(size=(E, E))
+
+    def loss(one: Candidate) -> float:
+        first, second = (layer.sum(0) for layer in one.experts)
+        return float(own[0] @ first + own[1] @ second + first @ both @ second)
+
+    subsets = [list(ids) for ids in itertools.combinations(range(E), R)]
+    best = min(loss(one_hot([a, b])) for a in subsets for b in subsets)
+    search = Eep(loss, SPACE, EepConfig(evaluations=4000, seed=1))
+    search.run()
+    assert search.pruned_loss == pytest.approx(best, abs=1e-6)
+
+
+@pytest.mark.parametrize(("layers", "kept"), [([1], 3), ([0, 2], 7)])
+def test_on_a_real_model_phase_one_ends_at_the_best_of_all_plans_and_phase_two_no_worse(
+    layers: list[int], kept: int, family_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = open_model(family_checkpoint, "qwen3_moe", tmp_path)
+    space = PruningSpace.of(Routing(model.checkpoint.identity(), E, dict.fromkeys(layers, 2)), experts=kept)
+    evaluate = TaskLoss(model, ITEMS[:2], space)
+    subsets = [list(ids) for ids in itertools.combinations(range(E), kept)]
+    every = [evaluate(one_hot(list(ids))) for ids in itertools.product(subsets, repeat=len(layers))]
+    search = Eep(evaluate, space, EepConfig(evaluations=400))
+    best = search.run()
+    assert search.pruned_loss == pytest.approx(min(every), abs=1e-6) and sorted(every)[1] > min(every) + 1e-6
+    assert best.loss <= search.pruned_loss
 
 
 def test_children_change_as_often_as_the_paper_says() -> None:
