@@ -7,12 +7,12 @@
   in vLLM. Every cut is measured against the full model, interleaved; a row's ratio is cut over full, of pairs.
   «inter» drops experts, «intra» a share of every expert's channels, «lexi» active experts (its own search, per layer),
   «skip» is dynamic skipping (NAEE) with all experts there: β = 1 leaves a token its best expert alone, the most that can
-  be skipped; β = 1e-6 skips nothing and shows what the mechanism costs. «merge» averages neighbours, as HC-SMoE routes to
+  be skipped; β = 1e-6 skips nothing and shows what the mechanism costs; rows say how many experts a token uses. «merge» averages neighbours, as HC-SMoE routes to
   them, «map» the same behind the router's probabilities, as EEP's; «uneven» keeps half as many experts in all layers but
   one, as MoE-I² does. «llama4 inter» drops experts of a model of Llama 4's form.
 - quality: leap-tiny on its three tasks, 256 test items in vLLM, untuned: inter by REAP and by the agent (plans of
-  search_methods.jsonl), intra, HC-SMoE («merge») and LExI, each through `leap search`; the last two and the agent with
-  three seeds.
+  search_methods.jsonl), intra, HC-SMoE («merge») and LExI, each through `leap search`, and LExI on top of REAP's subset
+  («inter + lexi»); the last three and the agent with three seeds. «skip» with one β for all layers, and with NAEE's β_l.
 - sensitivity: LExI's D_l(k) of leap-tiny with the standard error of its draws: the heat map.
 
 Rows go to bench/results/lexi.jsonl.
@@ -22,21 +22,29 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import random
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import AutoTokenizer
 
 from leap_serve.bench.contenders import Contender, compare, measure_rounds, opened, stamped
 from leap_serve.checkpoint import Checkpoint, resolve_model, width_of
 from leap_serve.cli.console import progress_bar, say, table
 from leap_serve.cut.write import cut
+from leap_serve.encoding import encode_items
+from leap_serve.engines.torch_cut import load_model
+from leap_serve.engines.torch_subsets import moe_blocks
 from leap_serve.files import append_jsonl, read_jsonl
 from leap_serve.flops import parameters
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.plan_extras import Merge
+from leap_serve.tasks.registry import load_task
 from leap_serve.workload import Workload
 
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
@@ -49,7 +57,10 @@ INTER, INTRA, LEXI = (0.125, 0.25, 0.5, 0.75, 0.875), (0.125, 0.25, 0.5, 0.875),
 """Shares that are taken away: of experts, of channels, of active experts."""
 AGENT = (0.75, 0.875)
 MERGE, UNEVEN, LLAMA4 = (0.25, 0.5, 0.875), 0.875, (0.5, 0.75, 0.875, 0.9375)
-SKIPS = {"β = 1e-6": 1e-6, "β = 1": 1.0}
+CROSSED = ((0.25, 0.25), (0.5, 0.25), (0.5, 0.5))
+"""Shares of experts and then of active experts."""
+SKIPS = {"β = 1e-6": 1e-6, "β = 0.25": 0.25, "β = 0.5": 0.5, "β = 0.75": 0.75, "β = 1": 1.0}
+CALIBRATED = "β_l of NAEE"
 FORMS, OTHER_FORM = ("qwen3_moe", "llama4_text"), "llama4"
 METRICS = ("total_tok_s", "e2el_ms", "tpot_ms", "ttft_ms")
 SETTINGS = [
@@ -134,13 +145,20 @@ def speed_of(form: str, missing: Sequence[tuple[str, str]], args: argparse.Names
                     plan = plan_of(source, method, setting, args.draws, Path(work))
                     cut(full, plan, Path(work) / "cut")
                     other = Contender(f"{method} {setting}", str(Path(work) / "cut"), engine, env)
+                    used = active_experts(Path(work) / "cut", texts(source)) if method == "skip" else None
                     described = [other.describe(), base.describe()]
                     with opened([other]) as second, progress_bar(other.label) as bar:
                         samples = measure_rounds([*second, *first], load, args.rounds, args.warmup, bar)
                 row = {**compare("lexi-speed", described, samples, METRICS), "method": method, "setting": setting,
-                       "workload": load.to_json(), **shares(source, plan)}  # fmt: skip
+                       "workload": load.to_json(), **shares(source, plan), **(skipped_shares(source, used) if used else {})}  # fmt: skip
                 append_jsonl(args.results, stamped(row))
                 show(row)
+
+
+def texts(source: Checkpoint) -> list[list[int]]:
+    """Random token ids, as the workload's are."""
+    draw = random.Random(0)
+    return [[draw.randrange(source.config["vocab_size"]) for _ in range(48)] for _ in range(16)]
 
 
 def show(row: dict[str, Any]) -> None:
@@ -157,58 +175,100 @@ def shares(source: Checkpoint, plan: Plan) -> dict[str, float]:
 
 
 class Quality(Bench):
-    """Plans of leap-tiny by `leap search`; sizes are shares that are taken away."""
+    """Plans of leap-tiny by `leap search`; sizes are shares that are taken away. ``name`` and ``setting`` say what the next row is of."""
+
+    name = setting = ""
 
     def flags(self, cell: Cell) -> list[Any]:
         flags = super().flags(cell)
+        if self.name == "skip":
+            return [*flags, "--skip"]
         if cell.method not in ("intra", "lexi"):
             return flags
         place = flags.index("--budget")
-        return [*flags[: place + 1], cell.experts / self.source.num_experts, *flags[place + 2 :]]
+        on = () if self.name != "inter + lexi" else ("--on", self.subset(cell))
+        return [*flags[: place + 1], cell.experts / self.source.num_experts, *flags[place + 2 :], *on]
+
+    def home(self, cell: Cell) -> Path:
+        return super().home(cell).with_name(f"{super().home(cell).name}-{self.name}-{self.setting}")
+
+    def subset(self, cell: Cell) -> Path:
+        """REAP's plan of the share that the setting names first."""
+        kept, out = round(64 * (1 - share_of(self.setting.partition(" + ")[0]))), self.home(cell) / "on.json"
+        run("search", self.profile(cell.task), "--method", "reap", "--experts", kept, "--force", "-o", out)
+        return out
 
     def plan(self, cell: Cell) -> tuple[Plan, dict[str, Any]]:
-        return (self.agent(cell), {}) if cell.method == "leap" else super().plan(cell)
+        if self.name == "skip" and self.setting in SKIPS:
+            return plan_of(self.source, "skip", self.setting, 0, self.work), {}
+        return super().plan(cell)
 
-    def agent(self, cell: Cell) -> Plan:
-        """The plan that the search of this seed left in the results of search_methods.py."""
-        where = {
-            "task": cell.task,
-            "experts": cell.experts,
-            "method": "leap",
-            "seed": cell.seed,
-            "allocation": "uniform",
-        }
-        found = [row for row in read_jsonl(RESULTS.parent / "search_methods.jsonl")
-                 if not row["warm"] and where.items() <= row.items()]  # fmt: skip
-        if not found:
-            raise SystemExit(f"search_methods.jsonl has no plan for {cell}; first python bench/search_methods.py")
-        layers = {
-            layer: LayerPlan(tuple(ids), self.source.top_k)
-            for layer, ids in zip(self.source.moe_layers, found[0]["retained"], strict=True)
-        }
-        return Plan(
-            self.source.identity(), self.source.num_experts, layers, made_by={"method": "leap", "seed": cell.seed}
-        )
+    def cut(self, cell: Cell, plan: Plan, work: Path) -> Path:
+        folder = super().cut(cell, plan, work)
+        if self.name == "skip":
+            items = load_task(cell.task).items("test", self.size.tests)
+            coded = encode_items(AutoTokenizer.from_pretrained(folder), items)
+            self.used = active_experts(folder, [one.prompt + one.answer for one in coded])
+        return folder
+
+    def measure(self, cell: Cell) -> dict[str, Any]:
+        row = super().measure(cell)
+        return row | (skipped_shares(self.source, self.used) if self.name == "skip" else {})
 
 
-def quality_cells() -> Iterator[tuple[str, float, Cell]]:
-    """What is scored: the name of the method in the row, the share that is taken away, and the cell that makes it."""
+def active_experts(folder: Path, ids: Sequence[Sequence[int]]) -> dict[int, float]:
+    """How many experts a token of these sequences uses in each layer of a cut, on average, in transformers."""
+    checkpoint, counts = Checkpoint.open(folder), dict[int, list[int]]()
+    model = load_model(checkpoint, "float32").eval()
+    for index, block in moe_blocks(model, checkpoint.family).items():
+        own = counts.setdefault(index, [0, 0])
+
+        def count(_module: Any, _args: Any, output: Any, own: list[int] = own) -> None:
+            own[0] += int((output[1] > 0).sum())
+            own[1] += len(output[1])
+
+        getattr(block, checkpoint.family.router).register_forward_hook(count)
+    with torch.inference_mode():
+        for one in ids:
+            model(input_ids=torch.tensor([list(one)]), use_cache=False)
+    return {index: used / tokens for index, (used, tokens) in counts.items()}
+
+
+def skipped_shares(source: Checkpoint, used: Mapping[int, float]) -> dict[str, Any]:
+    """What skipping leaves, where a token uses so many experts of each layer."""
+    share = parameters(source, None, used).matmul / parameters(source).matmul
+    return {"active_experts": sum(used.values()) / len(used), "flops_share": share}
+
+
+def quality_cells() -> Iterator[tuple[str, str, Cell]]:
+    """What is scored: the names of method and setting in the row, and the cell that makes it."""
     for seed, task in itertools.product(range(3), TASKS):
         methods = [("base", "full-model", (0.0,), 1), ("inter", "reap", INTER, 1), ("inter, agent", "leap", AGENT, 3),
                    ("intra", "intra", INTRA, 1), ("lexi", "lexi", LEXI, 3), ("merge", "hc-smoe", MERGE[:2], 3)]  # fmt: skip
         for name, method, removed, seeds in methods:
             for share in removed if seed < seeds else ():
-                yield name, share, Cell(MODEL, task, round(64 * (1 - share)), method, seed, "none")
+                yield name, f"{100 * share:g} %", Cell(MODEL, task, round(64 * (1 - share)), method, seed, "none")
+        for experts, active in CROSSED:
+            setting = f"{100 * experts:g} % + {100 * active:g} %"
+            yield "inter + lexi", setting, Cell(MODEL, task, round(64 * (1 - active)), "lexi", seed, "none")
+        for setting in (*SKIPS, CALIBRATED) if seed == 0 else ():
+            yield "skip", setting, Cell(MODEL, task, 64, "naee", seed, "none")
 
 
 def quality(args: argparse.Namespace) -> None:
     """Score the cells that have no row."""
     keys = ("method", "setting", "task", "seed")
     done = {tuple(row[key] for key in keys) for row in read_jsonl(args.results) if row["bench"] == "lexi"}
-    bench = Quality(MODEL, SMOKE if args.smoke else Size(), args.work)
-    wanted = [(name, f"{100 * share:g} %", cell) for name, share, cell in quality_cells()]
-    for name, setting, cell in wanted[: 2 if args.smoke else None]:
+    bench = Quality(MODEL, SMOKE if args.smoke else Size(), args.work, args.results)
+    cells = list(quality_cells())
+    some = (
+        [*cells[:2], *(one for one in cells if one[:2] in (("inter + lexi", "50 % + 50 %"), ("skip", CALIBRATED)))[:2]]
+        if args.smoke
+        else cells
+    )
+    for name, setting, cell in some:
         if (name, setting, cell.task, cell.seed) not in done:
+            bench.name, bench.setting = name, setting
             row = bench.measure(cell) | {"bench": "lexi", "method": name, "setting": setting}
             append_jsonl(args.results, stamped(row))
             say(f"{cell.task} {name} {setting} seed {cell.seed}: {100 * row['score']:.1f} %")
