@@ -60,12 +60,19 @@ MERGE, UNEVEN, LLAMA4 = (0.25, 0.5, 0.875), 0.875, (0.5, 0.75, 0.875, 0.9375)
 CROSSED = ((0.25, 0.25), (0.5, 0.25), (0.5, 0.5))
 """Shares of experts and then of active experts."""
 SKIPS = {"β = 1e-6": 1e-6, "β = 0.25": 0.25, "β = 0.5": 0.5, "β = 0.75": 0.75, "β = 1": 1.0}
-CALIBRATED = "β_l of NAEE"
+BOTH, CALIBRATED = "inter + lexi", "β_l of NAEE"
 FORMS, OTHER_FORM = ("qwen3_moe", "llama4_text"), "llama4"
 METRICS = ("total_tok_s", "e2el_ms", "tpot_ms", "ttft_ms")
+
+
+def both(experts: float, active: float) -> str:
+    """The setting that takes away a share of the experts, and then of the active ones."""
+    return f"{100 * experts:g} % + {100 * active:g} %"
+
+
 SETTINGS = [
     *(("inter", f"{100 * share:g} %") for share in INTER), *(("intra", f"{100 * share:g} %") for share in INTRA),
-    *(("lexi", f"{100 * share:g} %") for share in LEXI), *(("skip", setting) for setting in SKIPS),
+    *(("lexi", f"{100 * share:g} %") for share in LEXI), *((BOTH, both(*shares)) for shares in CROSSED), *(("skip", setting) for setting in SKIPS),
     *(("merge", f"{100 * share:g} %") for share in MERGE), ("map", f"{100 * UNEVEN:g} %"),
     ("uneven", f"{100 * UNEVEN:g} %"), *((f"{OTHER_FORM} inter", f"{100 * share:g} %") for share in LLAMA4),
 ]  # fmt: skip
@@ -80,9 +87,13 @@ def plan_of(source: Checkpoint, method: str, setting: str, draws: int, folder: P
     """A plan for the random model, where it does not matter which experts or channels stay."""
     full = LayerPlan(tuple(range(source.num_experts)), source.top_k)
     layer = full
-    if method == "lexi":
-        out = folder / "plan.json"
-        run("search", source.folder, "--method", "lexi", "--budget", 1 - share_of(setting), "--draws", draws, "-o", out)
+    if method == BOTH:
+        experts, setting = setting.split(" + ")
+        plan_of(source, "inter", experts, draws, folder).save(folder / "on.json")
+    if method in ("lexi", BOTH):
+        out, on = folder / "plan.json", ("--on", folder / "on.json") if method == BOTH else ()
+        budget = ("--budget", 1 - share_of(setting), "--draws", draws)
+        run("search", source.folder, "--method", "lexi", *on, *budget, "-o", out)
         return Plan.load(out)
     kept = 0 if method == "skip" else round(source.num_experts * (1 - share_of(setting)))
     if method == "uneven":
@@ -119,7 +130,7 @@ def clusters(experts: int, kept: int) -> tuple[tuple[tuple[int, float], ...], ..
 def speed(args: argparse.Namespace) -> None:
     """Measure the cuts that have no row, one after the other, against one full model of each form that stays loaded."""
     done = {(row["method"], row["setting"]) for row in read_jsonl(args.results) if row["bench"] == "lexi-speed"}
-    some = [one for one in SETTINGS if one[1] in ("50 %", "β = 1") or one[0] in ("map", "uneven")]
+    some = [one for one in SETTINGS if one[1] in ("50 %", "50 % + 50 %", "β = 1") or one[0] in ("map", "uneven")]
     wanted = some if args.smoke else SETTINGS
     missing = [one for one in wanted if one not in done]
     for form in FORMS:
@@ -186,7 +197,7 @@ class Quality(Bench):
         if cell.method not in ("intra", "lexi"):
             return flags
         place = flags.index("--budget")
-        on = () if self.name != "inter + lexi" else ("--on", self.subset(cell))
+        on = () if self.name != BOTH else ("--on", self.subset(cell))
         return [*flags[: place + 1], cell.experts / self.source.num_experts, *flags[place + 2 :], *on]
 
     def home(self, cell: Cell) -> Path:
@@ -249,8 +260,7 @@ def quality_cells() -> Iterator[tuple[str, str, Cell]]:
             for share in removed if seed < seeds else ():
                 yield name, f"{100 * share:g} %", Cell(MODEL, task, round(64 * (1 - share)), method, seed, "none")
         for experts, active in CROSSED:
-            setting = f"{100 * experts:g} % + {100 * active:g} %"
-            yield "inter + lexi", setting, Cell(MODEL, task, round(64 * (1 - active)), "lexi", seed, "none")
+            yield BOTH, both(experts, active), Cell(MODEL, task, round(64 * (1 - active)), "lexi", seed, "none")
         for setting in (*SKIPS, CALIBRATED) if seed == 0 else ():
             yield "skip", setting, Cell(MODEL, task, 64, "naee", seed, "none")
 
@@ -260,13 +270,10 @@ def quality(args: argparse.Namespace) -> None:
     keys = ("method", "setting", "task", "seed")
     done = {tuple(row[key] for key in keys) for row in read_jsonl(args.results) if row["bench"] == "lexi"}
     bench = Quality(MODEL, SMOKE if args.smoke else Size(), args.work, args.results)
-    cells = list(quality_cells())
-    some = (
-        [*cells[:2], *(one for one in cells if one[:2] in (("inter + lexi", "50 % + 50 %"), ("skip", CALIBRATED)))[:2]]
-        if args.smoke
-        else cells
-    )
-    for name, setting, cell in some:
+    wanted = list(quality_cells())
+    if args.smoke:
+        wanted = wanted[:2] + [one for one in wanted if one[:2] in ((BOTH, "50 % + 50 %"), ("skip", CALIBRATED))][:2]
+    for name, setting, cell in wanted:
         if (name, setting, cell.task, cell.seed) not in done:
             bench.name, bench.setting = name, setting
             row = bench.measure(cell) | {"bench": "lexi", "method": name, "setting": setting}

@@ -30,17 +30,18 @@ def lexi_quality(rows: Rows) -> Table:
     missing = [
         (row["method"], row["setting"])
         for row in speeds.values()
-        if row["method"] in ("inter", "intra", "lexi", "merge")
+        if row["method"] in ("inter", "intra", "lexi", "inter + lexi", "skip", "merge")
     ]
     scored = {(row[0].partition(",")[0], row[1]) for row in body}
     body += [[method, setting, EMPTY, EMPTY, EMPTY, _ratio(speeds[method, setting], "total_tok_s"), *_shares([speeds[method, setting]])]
              for method, setting in missing if (method, setting) not in scored]  # fmt: skip
     return Table(
         "LExI, figures 2 and 4: quality against throughput",
-        "Quality: leap-tiny, untuned, scores in % on test items; «inter» drops experts by REAP, «merge» is HC-SMoE. Throughput: (input + output tokens) / E2EL over the full "
+        "Quality: leap-tiny, untuned, scores in % on test items; «inter» drops experts by REAP, «merge» is HC-SMoE, «inter + lexi» takes "
+        "active experts away from REAP's subset, «skip» leaves out choices that weigh less than β times a token's highest (NAEE). Throughput: (input + output tokens) / E2EL over the full "
         f"model's at batch {BATCH} with the same share taken away, of {RANDOM}, in which it does not matter which experts or neighbours; FLOPs and weights are the scored model's.",
         ["method", "taken away", *TASKS, "throughput over full", "FLOPs, share", "weights, share"], body,
-        reason(body, 6, "no row of bench lexi or lexi-speed") if body else ["Empty: no row of bench lexi."],
+        reason(body, 6, "no row of bench lexi or lexi-speed; β_l of the scored model are not another model's") if body else ["Empty: no row of bench lexi."],
     )  # fmt: skip
 
 
@@ -77,19 +78,21 @@ def lexi_sensitivity(rows: Rows) -> Table:
 
 def skipping(rows: Rows) -> Table:
     """Dynamic skipping (NAEE, β) against the same cut without it."""
-    body = [
-        [row["setting"], *(_ratio(row, metric) for metric in ("tpot_ms", "ttft_ms", "total_tok_s"))]
-        for row in rows.find("lexi-speed", method="skip")
-    ] + [
-        ["top_k 1 in all layers instead", *(_ratio(row, metric) for metric in ("tpot_ms", "ttft_ms", "total_tok_s"))]
-        for row in rows.find("lexi-speed", method="lexi", setting="75 %")
+    wanted = [(row["setting"], row.get("active_experts"), row) for row in rows.find("lexi-speed", method="skip")]
+    wanted += [
+        ("top_k 1 in all layers instead", 1.0, row) for row in rows.find("lexi-speed", method="lexi", setting="75 %")
     ]
+    body = [
+        [name, EMPTY if used is None else f"{used:.2f}", f"{row['flops_share']:.2f}",
+         *(_ratio(row, metric) for metric in ("tpot_ms", "ttft_ms", "total_tok_s"))]
+        for name, used, row in wanted
+    ]  # fmt: skip
     return Table(
         "Dynamic skipping: latency with it over latency without it",
         f"The same experts with and without skipping, interleaved, batch {BATCH}, of {RANDOM}. β = 1 leaves a token one expert "
         "of four, the most that can be skipped; β = 1e-6 skips nothing: the price of the mechanism. A skipped choice names the "
         "token's best expert and weighs 0: shapes are static and its products are made, but no expert is read for it.",
-        ["skipping", "TPOT, share", "TTFT, share", "throughput, share"], body,
+        ["skipping", "experts a token uses", "FLOPs that count, share", "TPOT, share", "TTFT, share", "throughput, share"], body,
         [] if body else ["Empty: no row of bench lexi-speed with method skip."],
     )  # fmt: skip
 

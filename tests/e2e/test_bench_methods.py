@@ -50,7 +50,7 @@ def test_lexis_figures_have_a_row_for_every_way_to_take_away(tmp_path: Path) -> 
     rows = rows_of("bench_lexi.py", tmp_path)
     speeds = {(row["method"], row["setting"]): row for row in rows if row["bench"] == "lexi-speed"}
     assert list(speeds) == [
-        ("inter", "50 %"), ("intra", "50 %"), ("lexi", "50 %"), ("skip", "β = 1"), ("merge", "50 %"), ("map", "87.5 %"),
+        ("inter", "50 %"), ("intra", "50 %"), ("lexi", "50 %"), ("inter + lexi", "50 % + 50 %"), ("skip", "β = 1"), ("merge", "50 %"), ("map", "87.5 %"),
         ("uneven", "87.5 %"), ("llama4 inter", "50 %"),
     ]  # fmt: skip
     assert speeds["uneven", "87.5 %"]["contenders"][0]["retained"] == [12, 4]
@@ -61,6 +61,9 @@ def test_lexis_figures_have_a_row_for_every_way_to_take_away(tmp_path: Path) -> 
     ]
     assert speeds["inter", "50 %"]["contenders"][0]["retained"] == [32, 32]
     assert sum(speeds["lexi", "50 %"]["contenders"][0]["top_k"]) == 4
+    crossed = speeds["inter + lexi", "50 % + 50 %"]["contenders"][0]
+    assert crossed["retained"] == [32, 32] and sum(crossed["top_k"]) == 4
+    assert speeds["skip", "β = 1"]["active_experts"] == 1.0 > speeds["skip", "β = 1"]["flops_share"]
     assert speeds["lexi", "50 %"]["weights_share"] == 1.0 > speeds["intra", "50 %"]["weights_share"]
     for row in speeds.values():
         assert row["ratio_a_over_b"]["total_tok_s"]["median"] > 0
@@ -69,8 +72,16 @@ def test_lexis_figures_have_a_row_for_every_way_to_take_away(tmp_path: Path) -> 
     for layer in range(4):
         of = [row["deviation"] for row in drawn if row["layer"] == layer]
         assert of == sorted(of, reverse=True) and of[-1] == 0.0 and drawn[4 * layer]["std_error"] > 0
-    scored = [(row["method"], row["setting"]) for row in rows if row["bench"] == "lexi"]
-    assert scored == [("base", "0 %"), ("inter", "12.5 %")]
+    scored = {(row["method"], row["setting"]): row for row in rows if row["bench"] == "lexi"}
+    assert list(scored) == [
+        ("base", "0 %"),
+        ("inter", "12.5 %"),
+        ("inter + lexi", "50 % + 50 %"),
+        ("skip", "β_l of NAEE"),
+    ]
+    assert scored["inter + lexi", "50 % + 50 %"]["retained"] == [32] * 4
+    skips = scored["skip", "β_l of NAEE"]
+    assert 1.0 < skips["active_experts"] < 4.0 and skips["flops_share"] < 1.0 == skips["weights_share"]
 
 
 def test_memory_is_that_of_a_process_of_its_own(tmp_path: Path) -> None:

@@ -154,7 +154,11 @@ def test_lexis_figures_join_quality_and_speed(tmp_path: Path) -> None:
 
     rows = [scored("lexi", "50 %", "toy-gsm", seed, 0.5) for seed in range(3)]
     rows += [scored("inter, agent", "75 %", "toy-code", 0, 0.25), scored("base", "0 %", "toy-gsm", 0, 1.0)]
-    rows += [speed_row("lexi", "50 %", 1.5), speed_row("inter", "75 %", 2.0), speed_row("skip", "β = 1", 1.01)]
+    rows += [
+        speed_row("lexi", "50 %", 1.5),
+        speed_row("inter", "75 %", 2.0),
+        speed_row("skip", "β = 1", 1.01) | {"active_experts": 1.25},
+    ]
     rows += [{"bench": "memory", "method": name, "tokens": 4000, "model_bytes": 2**30, "inputs_bytes": 2**29,
               "anonymous_bytes": held, "peak_bytes": 3 * 2**30}
              for name, held in (("load", 2 * 2**30), ("naee", 2.25 * 2**30))]  # fmt: skip
@@ -162,5 +166,5 @@ def test_lexis_figures_join_quality_and_speed(tmp_path: Path) -> None:
     figures = {(row[0], row[1]): row[2:] for row in tables["LExI, figures 2 and 4"]["rows"]}
     assert figures["lexi", "50 %"] == ["–", "50.0 [50.0, 50.0] (3)", "–", "1.50 [1.40, 1.60]", "0.95", "0.21"]
     assert figures["inter, agent", "75 %"][3] == "2.00 [1.90, 2.10]" and figures["base", "–"][3] == "1.00"
-    assert tables["Dynamic skipping"]["rows"] == [["β = 1", *["1.01 [0.91, 1.11]"] * 3]]
+    assert tables["Dynamic skipping"]["rows"] == [["β = 1", "1.25", "0.50", *["1.01 [0.91, 1.11]"] * 3]]
     assert tables["Memory"]["rows"][1] == ["naee", "4,000", "1.00", "0.50", "2.25", "0.25", "3.00"]
