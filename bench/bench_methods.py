@@ -11,7 +11,7 @@ model that it leaves is a row of its own. Merged, uneven and narrowed cuts are t
 that share of every expert's channels, lexi halves the active experts; shares of FLOPs and weights stand in each row.
 A method that refuses a model leaves a row with its reason. One row per (model, task, experts, method, seed, tuning) in
 bench/results/methods.jsonl; a row that is there, or whose twin is in search_methods.jsonl, lookahead.jsonl or
-tune.jsonl, is not made again. --work keeps plans and the state of searches, so that a bench that was killed goes on.
+tune.jsonl, is not made again (those of methods that draw nothing are: a single row needs the interval over its items). --work keeps plans and the state of searches, so that a bench that was killed goes on.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def known(results: Path, size: Size) -> set[Cell]:
     """Cells that need no run: rows that are there, and their twins in the rows of other benches."""
     done = {Cell.of(row) for row in read_jsonl(results)}
     for row in read_jsonl(results.parent / "search_methods.jsonl"):
-        if at_one_count(row):
+        if at_one_count(row) and row["method"] not in UNSEEDED:
             done.add(Cell(row["model"], row["task"], row["experts"], row["method"], row["seed"], "none"))
     for row in read_jsonl(results.parent / "lookahead.jsonl"):
         done.add(Cell(row["model"], row["task"], row["experts"], row["method"], row["seed"], size.tuned))

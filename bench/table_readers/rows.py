@@ -20,6 +20,8 @@ TINY, LLAMA4 = "leap-tiny", "runs/llama4-tiny/model"
 TASKS, HARD = ("toy-code", "toy-gsm", "toy-xsum"), ("toy-gsm", 8)
 EXPERTS, BATCH, FEW, MOST_LABELS = (64, 32, 16, 8, 4), 16, 1000, 10_240
 EMPTY = "–"
+ONE_PLAN = ("frequency", "gate-mass", "ean", "ean-mean", "ean-weighted", "reap", "magnitude")
+"""Methods that draw nothing."""
 QUALITY = ("HumanEval", "GSM8K", "XSum R-L")
 CLAIMS: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parents[1] / "paper_claims.json").read_text(encoding="utf-8")
@@ -71,12 +73,18 @@ class Rows:
         return [row for row in self.of.get(bench, []) if all(row.get(key) == value for key, value in where.items())]
 
     def untuned(self, method: str, task: str, experts: int, model: str = TINY) -> list[Row]:
-        """Plans as they were found, scored on test items: the very ones that were fine-tuned, where bench_lookahead did."""
+        """Plans as they were found, scored on test items: the very ones that were fine-tuned, where bench_lookahead did.
+
+        Of a method that draws nothing there is one plan, and its one row has an interval over test items.
+        """
         where = {"model": model, "task": task, "experts": experts, "method": method}
+        own = [row for row in self.find("methods", **where, tuning="none") if "score" in row]
+        if method in ONE_PLAN and own:
+            return own
         if looked := [row["before"] for row in self.find("lookahead", **where)]:
             return looked
         found = [row for row in self.find("search-methods", **where, allocation="uniform") if not row["warm"]]
-        return [row for row in [*found, *self.find("methods", **where, tuning="none")] if "score" in row]
+        return [row for row in [*found, *own] if "score" in row]
 
     def short(self, method: str, task: str, experts: int, model: str = TINY) -> list[Row]:
         """After 400 steps on 1,000 items."""
