@@ -226,9 +226,13 @@ def check_request(checkpoint: Checkpoint, items: Sequence[Item], channels: bool 
         raise UnsupportedError(
             checkpoint.folder, "its layers hold different numbers of experts", "profile the full model"
         )
-    if checkpoint.plan is not None and any(layer.skip is not None for layer in checkpoint.plan.layers.values()):
-        # A skipped choice comes to the experts as the token's best one at weight 0, and would count as a hit of it.
-        raise UnsupportedError(checkpoint.folder, "skips experts by the token", "profile the full model")
+    for layer in checkpoint.plan.layers.values() if checkpoint.plan else ():
+        if layer.skip is not None:
+            # A skipped choice comes to the experts as the token's best one at weight 0, and would count as a hit of it.
+            raise UnsupportedError(checkpoint.folder, "skips experts by the token", "profile the full model")
+        if layer.maps_router:
+            # Two choices of a token may be one merged expert, and no second cut could be made of it.
+            raise UnsupportedError(checkpoint.folder, "maps its router to merged experts", "profile the full model")
     if not items:
         raise LeapError("profile", "no items were given", "give at least one")
 

@@ -18,7 +18,7 @@ from leap_serve.cli import main
 from leap_serve.cut.write import cut
 from leap_serve.errors import CheckpointError, LeapError, UnsupportedError, UsageError
 from leap_serve.files import sha256_of
-from leap_serve.plan import LayerPlan, Plan
+from leap_serve.plan import LayerPlan, Merge, Plan
 from leap_serve.profile import STATISTICS, Profile, check_request
 from leap_serve.tasks.base import Item
 from profiles import simulate
@@ -168,8 +168,12 @@ def test_a_cut_with_uneven_layers_or_skipping_is_not_profiled(
     # A choice that is skipped is no hit of an expert, and looks like one of the token's best.
     skipping = dict.fromkeys(range(4), LayerPlan((0, 1, 2, 3), 2, skip=0.5))
     cut(model.folder, Plan(model.identity(), 8, skipping), tmp_path / "skipping")
-    with pytest.raises(UnsupportedError, match="skips experts by the token"):
-        check_request(Checkpoint.open(tmp_path / "skipping"), [Item("", "a", "b")])
+    pairs = tuple(((e, 1.0), (e + 4, 1.0)) for e in range(4))
+    merging = dict.fromkeys(range(4), LayerPlan((0, 1, 2, 3), 2, merge=Merge(pairs, pairs, "ids")))
+    cut(model.folder, Plan(model.identity(), 8, merging), tmp_path / "merging")
+    for name, words in (("skipping", "skips experts by the token"), ("merging", "maps its router to merged experts")):
+        with pytest.raises(UnsupportedError, match=words):
+            check_request(Checkpoint.open(tmp_path / name), [Item("", "a", "b")])
 
 
 BAD_LINES = {"{": "not valid JSON", '{"prompt": "a"}': "neither", "[1]": "not a JSON object", '{"text": 3}': "neither"}
