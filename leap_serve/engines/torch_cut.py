@@ -7,6 +7,7 @@ What a plan adds to a router runs as a hook on it, so it stays differentiable. T
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +61,9 @@ def _uneven(stock: Any, checkpoint: Checkpoint, plan: Plan) -> Any:
             router.top_k = layer.top_k
             router.temperature = layer.temperature
             if layer.temperature != 1.0 or layer.maps_router or layer.skip is not None:
-                router.register_forward_hook(_Routing(checkpoint.family, layer, rows))
+                routing = _Routing(checkpoint.family, layer, rows)
+                router.register_forward_hook(routing)
+                router.after = partial(routing.after, router)
 
     return type(stock.__name__, (stock,), {"__init__": build, "__module__": __name__})
 
@@ -88,15 +91,14 @@ class _Routing:
         """Return what the router's own output becomes: (logits, weights [T, K], ids [T, K]), of Llama 4 (scores, logits)."""
         merge = self.layer.merge
         if self.map is not None and merge is not None and merge.applied == "probabilities":
-            output = self._mapped(router, output, self.map)
-        else:
-            output = self.masked(router, args, output)
-            if self.map is not None:
-                output = _renumbered(output, self.map.to(output[0].device))
-        if self.layer.skip is None:
-            return output
-        logits, weights, ids = output  # top_k above 1: not Llama 4
-        return logits, self._skipped(router, weights, self.layer.skip), ids
+            return self._skipped(router, self._mapped(router, output, self.map))
+        return self.after(router, self.masked(router, args, output))
+
+    def after(self, router: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """What comes after a choice among the router's rows, whoever made it: the map of ids, and skipping."""
+        if self.map is not None:
+            output = _renumbered(output, self.map.to(output[0].device))
+        return self._skipped(router, output)
 
     def _mapped(self, router: Any, output: tuple[torch.Tensor, ...], matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Choose by softmax(z/τ)·W_RMᵀ (EEP)."""
@@ -107,12 +109,15 @@ class _Routing:
         weights = weights * getattr(router, "routed_scaling_factor", 1.0)
         return output[0], weights.to(output[1].dtype), ids
 
-    def _skipped(self, router: Any, weights: torch.Tensor, beta: float) -> torch.Tensor:
-        """Weights [T, K] of which those below β times the token's highest are 0, the others of the same sum iff normalised."""
-        left = weights.masked_fill(weights < beta * weights.amax(-1, keepdim=True), 0.0)
-        if not self.family.sums_to_one(router):
-            return left
-        return left * (weights.sum(-1, keepdim=True) / left.sum(-1, keepdim=True))
+    def _skipped(self, router: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Make the weights below β times the token's highest 0, the others of the same sum iff they are normalised (NAEE)."""
+        if self.layer.skip is None:
+            return output
+        logits, weights, ids = output  # top_k above 1: not Llama 4
+        left = weights.masked_fill(weights < self.layer.skip * weights.amax(-1, keepdim=True), 0.0)
+        if self.family.sums_to_one(router):
+            left = left * (weights.sum(-1, keepdim=True) / left.sum(-1, keepdim=True))
+        return logits, left, ids
 
 
 def _renumbered(output: tuple[torch.Tensor, ...], matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -10,20 +10,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cutting import plan_for
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli import main
+from leap_serve.cut.export import export
 from leap_serve.cut.write import cut
 from leap_serve.engine import mean_loss
 from leap_serve.engines.torch_engine import TorchEngine
 from leap_serve.engines.vllm_engine import VllmEngine
+from leap_serve.plan import LayerPlan, Merge, Plan
 from leap_serve.tasks.registry import load_task
 from leap_training.splits import validation_part
+from leap_training.tune import Tuner
+from leap_training.tune_config import TuneConfig, TuneData
+from leap_training.tune_result import report_of, write_tuned
 
 pytestmark = pytest.mark.e2e
 SMALL = (
@@ -162,6 +169,41 @@ def test_a_baseline_writes_a_plain_checkpoint(even_cut: Path, leap_tiny: Path, t
         assert mean_loss(engine.score(items)) == pytest.approx(mean_loss(scores), abs=1e-3)
     finally:
         engine.close()
+
+
+def test_a_cut_that_merges_and_skips_is_tuned_and_served_as_it_was_measured(leap_tiny: Path, tmp_path: Path) -> None:
+    """Clusters of eight behind a map of ids, and skipping in the first layer: router, adapter and plan meet in vLLM."""
+    source = Checkpoint.open(leap_tiny)
+    rows = tuple(tuple((e, 0.125) for e in range(first, first + 8)) for first in range(0, 64, 8))
+    merge = Merge(rows, tuple(tuple((e, 1.0) for e, _ in row) for row in rows), "ids")
+    layer = LayerPlan(tuple(range(0, 64, 8)), 4, merge=merge)
+    layers = dict.fromkeys(source.moe_layers, layer) | {source.moe_layers[0]: replace(layer, skip=0.5)}
+    cut(leap_tiny, Plan(source.identity(), 64, layers), tmp_path / "cut")
+    items = load_task("toy-code").items("validation", 16)
+    draw = load_task("toy-code").items("train", 48)
+    data = TuneData(draw, items, items, items)
+    config = TuneConfig(
+        rounds=1, labels=24, steps=8, batch=8, rank=4, router_warmup=2, learning_rate=1e-2, lr_warmup=2, patience=0
+    )
+    tuner = Tuner(tmp_path / "cut", data, config)
+    tuner.run()
+    with tuner.agent.sliced():
+        sliced, _ = tuner.item_losses(items)
+    losses, _ = tuner.item_losses(items)
+    assert abs(losses.mean() - sliced.mean()) > 1e-3, "the tuned routers matter"
+    write_tuned(tuner, tmp_path / "cut", report_of(tuner, {"kept": True}))
+    assert main(["verify", str(tmp_path / "cut")]) == 0
+    export(tmp_path / "cut", tmp_path / "plain")
+    again = Tuner(tmp_path / "plain", data, config)
+    np.testing.assert_allclose(again.item_losses(items)[0], losses, atol=2e-2)  # the plain one's are rounded to bf16
+    again.agent.close()
+    engine = VllmEngine(str(tmp_path / "cut"), dtype="float32", kv_cache_gib=0.5)
+    try:
+        served = engine.score(items)
+    finally:
+        engine.close()
+    for ours, theirs in zip(served, engine_scores(tmp_path / "plain", items), strict=True):
+        assert ours.logprob == pytest.approx(theirs.logprob, rel=1e-3)
 
 
 def test_refusals_come_before_any_model_is_loaded(

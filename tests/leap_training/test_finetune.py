@@ -54,10 +54,17 @@ def test_a_cut_of_our_own_form_is_tuned_as_it_is(family: str, form: str, tmp_pat
         mean_loss(TorchEngine(tmp_path / name, dtype="float32", device="cpu").score(items)) for name in ("cut", "out")
     ]
     assert losses[1] < losses[0] - 0.05
-    if form != "skip":
-        return
-    with pytest.raises(UnsupportedError, match="skips experts, which the routing agent cannot train"):
-        Tuner(tmp_path / "cut", DATA, SMALL)
+
+
+def test_leap_tune_refuses_what_its_routing_agent_cannot_be(tmp_path: Path) -> None:
+    whole = add_tokenizer(make_checkpoint("qwen3_moe", tmp_path / "whole", dtype="bfloat16"))
+    priced = replace(SMALL, router=replace(SMALL.router, latency_coef=0.1))
+    for form, config, words in (
+        ("probabilities", SMALL, "maps its router's probabilities to merged experts"), ("skip", priced, "merges or skips"),
+    ):  # fmt: skip
+        cut(whole, planned(form, whole), tmp_path / form)
+        with pytest.raises(UnsupportedError, match=words):
+            Tuner(tmp_path / form, DATA, config)
 
 
 def test_a_full_model_keeps_its_config_and_names(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ T = B·S tokens, M samples of a rollout, L MoE layers, E experts of a layer, H h
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -95,6 +95,8 @@ class RouterHead(nn.Module):
         super().__init__()
         self.kind, self.renormalises = family.router_kind, family.sums_to_one(router)
         self.top_k = int(router.top_k)
+        # A cut's map of ids and its skipping, which come after whatever is chosen (engines.torch_cut).
+        self.after: Callable[..., Any] = getattr(router, "after", lambda output: output)
         self.temperature = float(getattr(router, "temperature", 1.0))
         bias = getattr(router, "bias", None)
         self.weight = nn.Parameter(router.weight.detach().float().clone())
@@ -124,12 +126,13 @@ class RouterHead(nn.Module):
         ids = self.agent.choose(self, x, self.scores(z))
         if self.kind == "sigmoid":
             weights = z.gather(1, ids).float().sigmoid().to(z.dtype)
-            return torch.zeros_like(z).scatter(1, ids, weights), z
+            return self.after((torch.zeros_like(z).scatter(1, ids, weights), z))
         weights = (z.float().sigmoid() if self.kind == "sigmoid-bias" else z.float().softmax(-1)).gather(1, ids)
         # GPT-OSS takes the softmax over the chosen, which is the renormalised softmax.
         if self.renormalises:
             weights = weights / weights.sum(-1, keepdim=True)
-        return z, (weights * getattr(self.router, "routed_scaling_factor", 1.0)).to(output[1].dtype), ids
+        weights = (weights * getattr(self.router, "routed_scaling_factor", 1.0)).to(output[1].dtype)
+        return self.after((z, weights, ids))
 
 
 class LayerPolicies:

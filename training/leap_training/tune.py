@@ -115,15 +115,16 @@ class Tuner:
         self._resume()
 
     def _check_routed(self) -> None:
-        """Refuse a cut whose routers do more than the routing agent's heads, which answer in their place."""
+        """Refuse what the routing agent's heads, which answer in the routers' place, cannot be."""
         plan = self.checkpoint.plan
         for index, layer in plan.layers.items() if plan else ():
-            if layer.maps_router or layer.skip is not None:
-                does = "maps its router to merged experts" if layer.maps_router else "skips experts"
-                raise UnsupportedError(
-                    self.checkpoint.folder, f"layer {index} {does}, which the routing agent cannot train",
-                    "tune the experts alone: python -m leap_training.finetune",
-                )  # fmt: skip
+            if layer.merge is not None and layer.maps_router and layer.merge.applied == "probabilities":
+                what = f"layer {index} maps its router's probabilities to merged experts, which the routing agent cannot train"
+                remedy = "tune experts and routers plainly: python -m leap_training.finetune"
+                raise UnsupportedError(self.checkpoint.folder, what, remedy)
+            if self.config.router.latency_coef and (layer.maps_router or layer.skip is not None):
+                what = f"layer {index} merges or skips experts, so what a token chooses is not what it reads"
+                raise UnsupportedError("--latency-coef", what, "leave it out")
 
     def _check_unpacked(self) -> None:
         """Refuse, before the run, to tune weights that could not be written back as the cut holds them."""
@@ -162,7 +163,7 @@ class Tuner:
             if ended or progress.tick % self.config.save_every == 0:
                 self._save()
             if report is not None:
-                last = progress.curve[-1]["validation_loss"] if progress.curve else float("nan")
+                last = progress.curve[-1]["validation_loss"] if progress.curve else progress.before
                 report(progress.tick, self.total, f"{len(self.pool.labelled)} labels, validation loss {last:.4f}")
         copy_into(self.tuned, self.best, "")
 
