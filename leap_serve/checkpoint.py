@@ -117,6 +117,11 @@ class Checkpoint:
         return ((self.manifest or {}).get("checkpoint") or {}).get("exported") or {}
 
     @property
+    def trained(self) -> Mapping[str, Any]:
+        """Of a cut whose experts and routers were trained as a whole (leap.json): by what; empty otherwise."""
+        return ((self.manifest or {}).get("checkpoint") or {}).get("trained") or {}
+
+    @property
     def overlays(self) -> list[Path]:
         """The tuned parts that lie beside the weights: router head and adapter."""
         return [path for name in (ROUTER_HEAD, ADAPTER) if (path := self.folder / name).exists()]
@@ -164,7 +169,7 @@ class Checkpoint:
         The SHA-256 is over the config keys that decide the routing, the fingerprint of a cut, the name,
         dtype and shape of every tensor in the order of names, and the bytes of all router tensors. So it
         does not depend on sharding or on file names, and two models that were trained apart differ in it;
-        it does not notice a change of an expert's or an attention weight's value, but that by an export.
+        it does not notice a change of an expert's or an attention weight's value, but that by an export or by training.
         """
         text = text_config(self.config)
         essence = [
@@ -173,6 +178,7 @@ class Checkpoint:
             [[name, entry.dtype, list(entry.shape)] for name, entry in sorted(self.tensors.items())],
         ]  # fmt: skip
         essence += [self.exported["merged"]] if self.exported else []
+        essence += [dict(self.trained)] if self.trained else []
         digest = hashlib.sha256(json.dumps(essence, separators=(",", ":"), sort_keys=True).encode())
         for name, entry in sorted(self.tensors.items()):
             if self.role(name).kind == "router":

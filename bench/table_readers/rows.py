@@ -81,8 +81,9 @@ class Rows:
         own = [row for row in self.find("methods", **where, tuning="none") if "score" in row]
         if method in ONE_PLAN and own:
             return own
-        if looked := [row["before"] for row in self.find("lookahead", **where)]:
-            return looked
+        if looked := self.find("lookahead", **where):
+            seeds = {row["seed"] for row in looked}
+            return [*(row["before"] for row in looked), *(row for row in own if row["seed"] not in seeds)]
         found = [row for row in self.find("search-methods", **where, allocation="uniform") if not row["warm"]]
         return [row for row in [*found, *own] if "score" in row]
 

@@ -89,6 +89,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "mtp_layers": {str(layer): checkpoint.experts_in(layer) for layer in checkpoint.mtp_layers},
         "overlays": beside,
         "tuned": {} if problem else describe_overlays(checkpoint),
+        "trained": dict(checkpoint.trained),
         "optimizer": (checkpoint.folder / OPTIMIZER).exists(),
         "shards": len(checkpoint.metadata),
         "parameters": {"total": counted.total, "active": counted.active},
@@ -122,6 +123,9 @@ def _show(name: str, result: dict[str, Any]) -> None:
             ["weights, GiB", f"{result['weights_gib']:.4f} in {result['shards']} file(s)"],
             ["beside the weights", ", ".join(result["overlays"]) or "nothing"],
         ]
+        if result["trained"]:
+            by = " ".join(map(str, result["trained"]["made_by"].get("argv", []))) or "unknown"
+            rows.append(["trained as a whole by", f"{by} ({result['trained']['report']})"])
         head, adapter = result["tuned"].get("router_head"), result["tuned"].get("adapter")
         if head:
             rows.append(["router head", f"layers {', '.join(map(str, head['layers']))}"])

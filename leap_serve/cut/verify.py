@@ -66,6 +66,9 @@ def verify(folder: Path, base: Path | None = None, progress: Callable[[int, int]
     if checkpoint.exported:
         what = "was exported: what tuning learned is merged into its weights, which are no longer the base's"
         raise CheckpointError(folder, what, "verify the checkpoint that it was exported from")
+    if checkpoint.trained:
+        what = f"was trained ({checkpoint.trained['report']}): its experts and routers are no longer the base's"
+        raise CheckpointError(folder, what, "verify the cut that was trained, or this one without --base")
     source = Checkpoint.open(base)
     check_experts(source)
     if source.identity().sha256 != plan.base.sha256:

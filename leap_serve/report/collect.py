@@ -124,7 +124,7 @@ class _Collector:
         assert checkpoint.plan is not None
         model = self._model(self._name(path), checkpoint.plan.fingerprint)
         _measure(model, checkpoint)
-        tuned = bool(checkpoint.overlays or checkpoint.exported)
+        tuned = bool(checkpoint.overlays or checkpoint.exported or checkpoint.trained)
         self.maps.add_plan(checkpoint.plan, model.name, Cut(path.name, checkpoint.identity().sha256, tuned))
         self._origin({"made_by": {**checkpoint.plan.made_by, **(checkpoint.manifest or {}).get("made_by", {})}}, path)
         if (path / "tune.json").exists():

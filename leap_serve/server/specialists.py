@@ -233,10 +233,11 @@ def _check_untouched_experts(manifest: Path) -> None:
 
 
 def _check_not_exported(stated: Mapping[str, Any], where: object) -> None:
-    """Raise UnsupportedError where this is leap.json of an exported checkpoint, under whatever name it came."""
+    """Raise UnsupportedError where this is leap.json of an exported or trained checkpoint, under whatever name it came."""
     checkpoint = stated.get("checkpoint")
-    if isinstance(checkpoint, dict) and checkpoint.get("exported"):
-        what = "was exported: what tuning learned is in its weights, which are not the base's"
+    how = [word for word in ("exported", "trained") if isinstance(checkpoint, dict) and checkpoint.get(word)]
+    if how:
+        what = f"was {how[0]}: what tuning learned is in its weights, which are not the base's"
         raise UnsupportedError(where, what, "serve that checkpoint on its own, with leap serve")
 
 

@@ -9,11 +9,12 @@ import pytest
 
 from families import make_checkpoint
 from leap_serve.checkpoint import Checkpoint, read_bytes
+from leap_serve.cli import main
 from leap_serve.cut.verify import verify
 from leap_serve.cut.write import cut
 from leap_serve.engine import mean_loss
 from leap_serve.engines.torch_engine import TorchEngine
-from leap_serve.errors import UnsupportedError
+from leap_serve.errors import CheckpointError, UnsupportedError
 from leap_serve.plan import Plan
 from leap_serve.tasks.registry import load_task
 from leap_training.finetune import FinetuneConfig, finetune
@@ -37,7 +38,9 @@ def planned(form: str, whole: Path) -> Plan:
 @pytest.mark.parametrize(("family", "form"), [
     ("qwen3_moe", "skip"), ("qwen3_moe", "ids"), ("olmoe", "probabilities"), ("llama4_text", "ids"), ("gpt_oss", "ids"),
 ])  # fmt: skip
-def test_a_cut_of_our_own_form_is_tuned_as_it_is(family: str, form: str, tmp_path: Path) -> None:
+def test_a_cut_of_our_own_form_is_tuned_as_it_is(
+    family: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = add_tokenizer(make_checkpoint(family, tmp_path / "whole", dtype="bfloat16"))
     plan = planned(form, whole)
     cut(whole, plan, tmp_path / "cut")
@@ -45,6 +48,11 @@ def test_a_cut_of_our_own_form_is_tuned_as_it_is(family: str, form: str, tmp_pat
     before, after = Checkpoint.open(tmp_path / "cut"), Checkpoint.open(tmp_path / "out")
     assert after.plan == plan and after.config == before.config
     verify(tmp_path / "out")
+    assert after.trained["report"] == "finetune.json" and not before.trained
+    assert after.identity().sha256 != before.identity().sha256
+    with pytest.raises(CheckpointError, match=r"was trained \(finetune.json\)"):
+        verify(tmp_path / "out", whole)
+    assert main(["inspect", str(tmp_path / "out")]) == 0 and "trained as a whole by" in capsys.readouterr().out
     kinds = {
         after.role(name).kind for name, e in after.tensors.items() if read_bytes(e) != read_bytes(before.tensors[name])
     }

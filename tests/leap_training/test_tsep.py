@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,9 +79,14 @@ def test_experts_are_dropped_by_their_weight_and_the_tuned_model_is_the_cut(
     changed = {name for name, value in model.model.named_parameters() if not torch.equal(value, before[name])}
     assert changed and all(".experts." in name or ".gate." in name for name in changed)
 
-    tuned = run.save_tuned(tmp_path / "tuned", plan)
-    assert tuned.base.sha256 != plan.base.sha256 and {p.name for p in tmp_path.iterdir()} == {"qwen3_moe", "tuned"}
-    verify(tmp_path / "tuned")
+    run.save_tuned(tmp_path / "tuned", plan)
+    assert {p.name for p in tmp_path.iterdir()} == {"qwen3_moe", "tuned"}
+    written = Checkpoint.open(tmp_path / "tuned")
+    assert written.plan == plan and written.trained["report"] == "tsep.json"
+    assert json.loads((tmp_path / "tuned" / "tsep.json").read_text())["method"] == "tsep"
+    assert verify(tmp_path / "tuned").fingerprint == plan.fingerprint
+    with pytest.raises(CheckpointError, match=r"was trained \(tsep.json\).*no longer the base's"):
+        verify(tmp_path / "tuned", tmp_path / "qwen3_moe")
     engine = TorchEngine(tmp_path / "tuned", dtype="float32", device="cpu")
     full = [ids for ids in model.encode(ITEMS)]
     from leap_serve.engines.torch_subsets import masked_routers

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from leap_serve.checkpoint import INDEX, MANIFEST, Checkpoint, check_cut
 from leap_serve.cut.write import MAX_SHARD_BYTES, copy_others, whole_folder
 from leap_serve.errors import LeapError
 from leap_serve.files import write_json
+from leap_serve.provenance import made_by
 
 DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -23,38 +25,61 @@ DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat1
 def write_whole(model: Any, source: Path, out: Path, report: tuple[str, Mapping[str, Any]], force: bool) -> None:
     """Write what a model holds that was loaded from ``source`` and tuned: a checkpoint like it, to ``out``.
 
-    transformers writes what it holds, in its own dtype; each tensor then takes the place of the source's own in a copy of
-    its shards, in that one's dtype. So names, fingerprints and config stay the source's, and so does what transformers does
-    not read (MTP layers, a vision tower). The result appears under ``out`` whole and checked, or not at all.
+    transformers writes what it holds, in its own dtype; :func:`replace_weights` does the rest, and can refuse.
 
     Args:
-        model: as engines.torch_source.load_model returns it.
+        model: as engines.torch_cut.load_model returns it.
         source: the full model, or a cut of any plan that transformers holds.
         report: the name of a JSON file that is laid beside it, and its content.
+    """
+
+    def save(scratch: Path) -> Path:
+        model.save_pretrained(scratch, max_shard_size=MAX_SHARD_BYTES)
+        return scratch
+
+    replace_weights(source, out, report, save, sum(parameter.nbytes for parameter in model.parameters()), force)
+
+
+def replace_weights(
+    source: Path,
+    out: Path,
+    report: tuple[str, Mapping[str, Any]],
+    save: Callable[[Path], Path],
+    room: int,
+    force: bool,
+) -> None:
+    """Write ``source`` with other experts and routers to ``out``; leap.json of a cut says that they are no longer the base's.
+
+    Each tensor takes the place of the source's own in a copy of its shards, in that one's dtype. So names, fingerprints and
+    config stay the source's, and so does what transformers does not read (MTP layers, a vision tower). The result appears
+    under ``out`` whole and checked, or not at all.
+
+    Args:
+        save: given a folder, leaves safetensors there, or in the one below it that it returns.
+        room: bytes that it needs for that.
 
     Raises:
-        CheckpointError, LeapError: the cut is damaged, or transformers' tensors are not the source's; nothing is left.
+        CheckpointError, LeapError: the cut is damaged, or the tensors are not the source's; nothing is left.
     """
     found = Checkpoint.open(source)
     if found.manifest is not None:
         check_cut(found)
-    held = sum(parameter.nbytes for parameter in model.parameters())
-    with whole_folder(out, force, found.weight_bytes + held) as work:
-        for file in [*found.metadata, *(name for name in (INDEX, MANIFEST) if (source / name).exists())]:
+    with whole_folder(out, force, found.weight_bytes + room) as work:
+        for file in [*found.metadata, *([INDEX] if (source / INDEX).exists() else [])]:
             shutil.copyfile(source / file, work / file)
         with tempfile.TemporaryDirectory(dir=work) as scratch:
-            model.save_pretrained(scratch, max_shard_size=MAX_SHARD_BYTES)
-            _fill(work, found, sorted(Path(scratch).glob("*.safetensors")))
-        copy_others(
-            work, found, {layer: range(found.experts_in(layer)) for layer in found.moe_layers + found.mtp_layers}
-        )
+            _fill(work, found, sorted(save(Path(scratch)).glob("*.safetensors")))
+        others = {layer: range(found.experts_in(layer)) for layer in found.moe_layers + found.mtp_layers}
+        copy_others(work, found, others)
+        write_json(work / report[0], dict(report[1]))
         if found.manifest is None:
             shutil.copyfile(source / "config.json", work / "config.json")
-        else:
-            write_json(work / "config.json", {**found.config, "architectures": [plain_name(found)]})
-        write_json(work / report[0], dict(report[1]))
-        if found.manifest is not None:
-            check_cut(Checkpoint.open(work))
+            return
+        write_json(work / "config.json", {**found.config, "architectures": [plain_name(found)]})
+        manifest = copy.deepcopy(dict(found.manifest))
+        manifest.setdefault("checkpoint", {})["trained"] = {"report": report[0], "made_by": made_by()}
+        write_json(work / MANIFEST, manifest)
+        check_cut(Checkpoint.open(work))
 
 
 def _fill(work: Path, source: Checkpoint, saved: Sequence[Path]) -> None:

@@ -90,6 +90,9 @@ def test_tuned_experts_need_a_server_of_their_own(tuned: Path, base: Base) -> No
         read_specialist("a", tuned / "math.json", base)
     with pytest.raises(UnsupportedError, match=r"^plan: was exported"):
         plan_from(stated, "plan", base)
+    stated["checkpoint"] = {"trained": {"report": "finetune.json"}}
+    with pytest.raises(UnsupportedError, match=r"^plan: was trained"):
+        plan_from(stated, "plan", base)
 
 
 def test_a_tuned_model_is_shared_by_nobody(tuned: Path) -> None:

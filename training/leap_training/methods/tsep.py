@@ -39,6 +39,7 @@ from leap_training.batches import collate, use_fast_experts, weighted_loss
 from leap_training.finetune import FinetuneConfig, in_order
 from leap_training.methods.blocks import BlockModel
 from leap_training.pruning_space import PruningSpace
+from leap_training.whole import replace_weights
 
 BETA = 0.1
 WINDOWS = 10
@@ -167,23 +168,21 @@ class Tsep:
             self.space.routing.base, self.space.routing.num_experts, self.layers, made_by=self._record(provenance)
         )
 
-    def save_tuned(self, out: Path, plan: Plan, force: bool = False) -> Plan:
-        """Write the cut of the tuned model to ``out``, in the dtype that the full one is stored in.
+    def save_tuned(self, out: Path, plan: Plan, force: bool = False) -> None:
+        """Write the cut of the tuned model to ``out``: the full model's cut by ``plan``, with the tuned experts and routers."""
 
-        Returns its plan, whose base is the tuned full model: the model is cast, so that this comes last.
-        """
-        stored = next(
-            entry.dtype for name, entry in self.model.checkpoint.tensors.items()
-            if self.model.checkpoint.role(name).kind in ("expert", "fused")
-        )  # fmt: skip
-        self.model.model.to({"BF16": torch.bfloat16, "F16": torch.float16}.get(stored, torch.float32))
+        def save(scratch: Path) -> Path:
+            self.model.model.save_pretrained(scratch / "full")
+            tuned = Checkpoint.open(scratch / "full").identity()
+            cut(scratch / "full", replace(plan, base=tuned), scratch / "cut")
+            return scratch / "cut"
+
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.full-") as folder:
-            self.model.model.save_pretrained(folder)
-            self.model.tokenizer.save_pretrained(folder)
-            tuned = replace(plan, base=Checkpoint.open(Path(folder)).identity())
-            cut(Path(folder), tuned, out, force=force)
-        return tuned
+        room = 2 * sum(parameter.nbytes for parameter in self.model.model.parameters())
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.cut-") as folder:
+            source = Path(folder) / "cut"
+            cut(self.model.checkpoint.folder, plan, source)
+            replace_weights(source, out, ("tsep.json", plan.made_by), save, room, force)
 
     def _take_step(self, items: Sequence[Item]) -> None:
         """One step of AdamW, as leap_training.finetune takes it."""
