@@ -261,7 +261,8 @@ def quality_cells() -> Iterator[tuple[str, str, Cell]]:
                 yield name, f"{100 * share:g} %", Cell(MODEL, task, round(64 * (1 - share)), method, seed, "none")
         for experts, active in CROSSED:
             yield BOTH, both(experts, active), Cell(MODEL, task, round(64 * (1 - active)), "lexi", seed, "none")
-        for setting in (*SKIPS, CALIBRATED) if seed == 0 else ():
+        # What NAEE calibrates on hangs on the seed; a β that is given does not.
+        for setting in (*(SKIPS if seed == 0 else ()), CALIBRATED):
             yield "skip", setting, Cell(MODEL, task, 64, "naee", seed, "none")
 
 

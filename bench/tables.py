@@ -28,8 +28,8 @@ INTRO = """\
 
 Made by `python bench/tables.py`. Our cells come from rows of bench/results/*.jsonl alone: the median over seeds, in
 brackets the 95 % t-interval of their mean within the score's bounds (of two seeds both values), then in parentheses how many
-seeds. It is of seeds alone, not of the drawing of test items; of one seed the brackets hold the bootstrap interval over its test
-items, where the row has one. Weights, FLOPs and their shares are computed from the checkpoints' headers. Ratios of times are medians of interleaved pairs, in brackets
+seeds. It is of seeds alone, not of the drawing of test items; of one seed, and of seeds that all came to one
+plan, the brackets hold the bootstrap interval over test items, where the row has one. Methods that draw nothing have one row. Weights, FLOPs and their shares are computed from the checkpoints' headers. Ratios of times are medians of interleaved pairs, in brackets
 order-statistic intervals of 96 – 98 %, which each row states. A cell that no
 row fills is empty, and its reason stands below the table. What a paper claims stands in columns named «paper's claim»: of
 other models on other hardware, copied from the paper, not measured here.

@@ -33,7 +33,7 @@ def lexi_quality(rows: Rows) -> Table:
         if row["method"] in ("inter", "intra", "lexi", "inter + lexi", "skip", "merge")
     ]
     scored = {(row[0].partition(",")[0], row[1]) for row in body}
-    body += [[method, setting, EMPTY, EMPTY, EMPTY, _ratio(speeds[method, setting], "total_tok_s"), *_shares([speeds[method, setting]])]
+    body += [[method, setting, EMPTY, EMPTY, EMPTY, _ratio(speeds[method, setting], "total_tok_s"), EMPTY, EMPTY]
              for method, setting in missing if (method, setting) not in scored]  # fmt: skip
     return Table(
         "LExI, figures 2 and 4: quality against throughput",
@@ -112,10 +112,23 @@ def memory(rows: Rows) -> Table:
         "Anonymous memory of `leap search` (and of `leap profile --channels`, which moe-pruner and intra need) at most, asked for "
         "50 times a second, in a process of its own, float32 on a CPU, on a random model of 64 MoE layers; «load» is transformers "
         "with that model, once it is loaded. «inputs» is what the inputs of all layers would take if they were held; they lie "
-        "on disk. The last column counts pages of mapped files, too, and what loading itself took for a moment.",
+        "on disk. The last column counts pages of mapped files, too, and what loading itself took for a moment."
+        + _gram_matrices(found),
         ["method", "tokens", "model, GiB", "inputs, GiB", "held, GiB", "beyond the loaded model, GiB", "resident, GiB"], body,
         [] if body else ["Empty: no row of bench memory."],
     )  # fmt: skip
+
+
+def _gram_matrices(found: list[Row]) -> str:
+    """A sentence on the term that grows with the experts' square, which the rows' few experts hide."""
+    if not found:
+        return ""
+    row = max(found, key=lambda one: int(one["tokens"] * one["experts"] ** 2))
+    here, there = (8 * row["tokens"] * experts**2 for experts in (row["experts"], 128))
+    return (
+        f" NAEE and MoE-I² also hold one layer's Gram matrices, 8 bytes · tokens · experts²: {here / 2**20:.1f} MiB of these "
+        f"{row['experts']} experts, {_gib(there)} GiB of 128 experts and as many tokens."
+    )
 
 
 def _gib(number: float) -> str:

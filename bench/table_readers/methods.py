@@ -42,7 +42,9 @@ def comparison(rows: Rows) -> Table:
         "expert's channels, LExI half of the active experts and all weights, MoE-I² 8 on average. Scores in % on test "
         f"items; FLOPs and weights over the full model's, TPOT at batch {BATCH} of bench_lexi.py's random model in "
         "which experts dominate (median of pairs and its 98 % interval). Scores stand on 128 or 256 test items, after `leap tune` "
-        "on 1,024. Criteria come from 256 profiled items; naee, moe-i2, hc-smoe and lexi calibrate on their default of 32. "
+        "on 1,024; those of toy-gsm of bench_lookahead.py (frequency, gate-mass, REAP, evolution, LEAP) are transformers'. Criteria come "
+        "from 256 profiled items; naee, moe-i2 and hc-smoe calibrate on their default of 32, lexi draws 16 times 256 tokens of noise. "
+        "MoE-Pruner is its scores summed by expert; the single weights that the paper zeroes save nothing in a dense kernel. "
         "Plans of equal counts and top_k have the same FLOPs, weights and TPOT, whatever the paper's columns say.",
         ["method", "tuning", *TASKS, "FLOPs, share", "TPOT, share", "weights, share", *PAPER],
         body,
@@ -123,7 +125,7 @@ def _methods(rows: Rows, model: str, claims: dict[str, list[str]]) -> tuple[list
             if row["experts"] == 8 and row.get("allocation", "uniform") == "uniform" and row["method"] != "untuned"
             and row.get("labels", MOST_LABELS) == MOST_LABELS]  # fmt: skip
     for method in dict.fromkeys([*seen, *(name for name in claims if name != "full-model")]):
-        found = rows.find("methods", model=model, experts=8, method=method)
+        found = rows.find("methods", model=model, experts=8, method="frequency" if method == VANILLA else method)
         own = [
             [_name(method, found), tuning, *map(over_seeds, scores), *_costs(rows, method, found, model)]
             for tuning, scores in _scores(rows, method, model)
@@ -153,7 +155,9 @@ def _scores(rows: Rows, method: str, model: str) -> list[tuple[str, list[list[Ro
 
 
 def _name(method: str, found: Sequence[Row]) -> str:
-    """A method as its plans call it: greedy NAEE is not NAEE."""
+    """A method as its plans call it: greedy NAEE is not NAEE. Vanilla fine-tuning has plans of another."""
+    if method == VANILLA:
+        return NAMES[method]
     named = next((row["named"] for row in found if row.get("named") in NAMES), method)
     return NAMES.get(named, named)
 

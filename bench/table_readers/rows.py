@@ -116,10 +116,15 @@ SHORT = "400 steps, 1,000 items"
 
 
 def over_seeds(found: Sequence[Row]) -> str:
-    """Of rows with a "score" in [0, 1], in %: see spread; of a single one the interval over items, where it has one."""
-    if len(found) == 1 and "interval" in found[0]:
+    """Of rows with a "score" in [0, 1], in %: see spread; of a single one the interval over items, where it has one.
+
+    Seeds that all came to one plan say no more than one of them.
+    """
+    plans = {row.get("plan") if row.get("tuning") == "none" else number for number, row in enumerate(found)}
+    if len(plans) == 1 and "interval" in found[0] and (len(found) == 1 or None not in plans):
         low, high = found[0]["interval"]
-        return f"{100 * found[0]['score']:.1f} [{100 * low:.1f}, {100 * high:.1f}] (1)"
+        seeds = "1" if len(found) == 1 else f"{len(found)}, one plan"
+        return f"{100 * found[0]['score']:.1f} [{100 * low:.1f}, {100 * high:.1f}] ({seeds})"
     return spread([row["score"] for row in found])
 
 

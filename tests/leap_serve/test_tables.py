@@ -148,6 +148,17 @@ def test_the_model_of_llama_4s_form_has_tables_of_its_own(tmp_path: Path) -> Non
     assert {row[3] for row in tables["LEAP, table 2"]["rows"]} == {"–"}
 
 
+def test_seeds_that_came_to_one_plan_are_no_interval_of_seeds(tmp_path: Path) -> None:
+    same = {"plan": "a", "interval": [0.4, 0.6]}
+    rows = [methods_row("naee", "toy-gsm", seed, 0.5, **same) for seed in range(3)]
+    rows += [methods_row("naee", "toy-code", seed, 0.5, **same | {"plan": f"{seed}"}) for seed in range(3)]
+    short = "400 steps, 1,000 items"
+    rows += [methods_row("naee", "toy-gsm", seed, 1.0, short, **same) for seed in range(3)]
+    found = {row[1]: row[2:] for row in make(tmp_path, rows)["LEAP, table 2"]["rows"] if row[0] == "NAEE"}
+    assert found["none"][:2] == ["50.0 [50.0, 50.0] (3)", "50.0 [40.0, 60.0] (3, one plan)"]
+    assert found[short][1] == "100.0 [100.0, 100.0] (3)"
+
+
 def test_lexis_figures_join_quality_and_speed(tmp_path: Path) -> None:
     def scored(method: str, setting: str, task: str, seed: int, score: float) -> dict[str, Any]:
         return methods_row(method, task, seed, score) | {"bench": "lexi", "setting": setting}
@@ -159,7 +170,7 @@ def test_lexis_figures_join_quality_and_speed(tmp_path: Path) -> None:
         speed_row("inter", "75 %", 2.0),
         speed_row("skip", "β = 1", 1.01) | {"active_experts": 1.25},
     ]
-    rows += [{"bench": "memory", "method": name, "tokens": 4000, "model_bytes": 2**30, "inputs_bytes": 2**29,
+    rows += [{"bench": "memory", "method": name, "tokens": 4000, "experts": 8, "model_bytes": 2**30, "inputs_bytes": 2**29,
               "anonymous_bytes": held, "peak_bytes": 3 * 2**30}
              for name, held in (("load", 2 * 2**30), ("naee", 2.25 * 2**30))]  # fmt: skip
     tables = make(tmp_path, rows)
@@ -168,3 +179,6 @@ def test_lexis_figures_join_quality_and_speed(tmp_path: Path) -> None:
     assert figures["inter, agent", "75 %"][3] == "2.00 [1.90, 2.10]" and figures["base", "–"][3] == "1.00"
     assert tables["Dynamic skipping"]["rows"] == [["β = 1", "1.25", "0.50", *["1.01 [0.91, 1.11]"] * 3]]
     assert tables["Memory"]["rows"][1] == ["naee", "4,000", "1.00", "0.50", "2.25", "0.25", "3.00"]
+    # 8 bytes · 4,000 tokens · experts²: 2,048,000 of 8 experts, 524,288,000 of 128.
+    assert "2.0 MiB of these 8 experts, 0.49 GiB of 128 experts and as many tokens." in tables["Memory"]["caption"]
+    assert "Gram" not in make(tmp_path, [])["Memory"]["caption"]
