@@ -57,9 +57,8 @@ def commands(method: str, model: Path, home: Path, args: argparse.Namespace) -> 
         return [*leap, "profile", str(model), "--task", TASK, "--limit", str(args.items), "--engine", "torch", "--dtype",
                 "float32", "--channels", "-o", str(home / "profile")]  # fmt: skip
     source = home / "profile" if method in FROM_PROFILE else model
-    given = {"items": str(args.items), "dtype": "float32", "draws": "2"}
-    flags = ["--task", TASK, "--model", str(model)]
-    flags += [word for flag, value in given.items() if reads(method, flag) for word in (f"--{flag}", value)]
+    given = {"task": TASK, "model": str(model), "items": str(args.items), "dtype": "float32", "draws": "2"}
+    flags = [word for flag, value in given.items() if reads(method, flag) for word in (f"--{flag}", value)]
     return [
         *leap,
         "search",

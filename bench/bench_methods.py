@@ -221,10 +221,11 @@ class Bench:
             budget = ("--budget", cell.experts / self.source.num_experts)
         elif cell.method == "lexi":
             budget = ("--budget", 0.5)
-        flags = ["--method", cell.method, *budget, "--seed", cell.seed, "--task", cell.task, "--model", self.folder]
+        flags = ["--method", cell.method, *budget, "--seed", cell.seed]
         if cell.method == "tsep":
             flags += ["--tuned", self.home(cell) / "tuned", *self.size.tsep]
-        given = {flag: value for flag, value in self.size.search.items() if reads(cell.method, flag)}
+        wanted = {"task": cell.task, "model": self.folder, **self.size.search}
+        given = {flag: value for flag, value in wanted.items() if reads(cell.method, flag)}
         return [*flags, *(word for flag, value in given.items() for word in (f"--{flag}", value))]
 
     def cut(self, cell: Cell, plan: Plan, work: Path) -> Path:

@@ -36,7 +36,8 @@ class LayerPlan:
     """One MoE layer: what it retains, how it routes, and what becomes of its experts' weights.
 
     Args:
-        retained: original ids of the retained experts, strictly increasing; of merged experts one of each.
+        retained: original ids of the retained experts, strictly increasing. Of merged experts one of each, or, where
+            two slots would have the same one (EEP's), the slots' numbers 0…r−1, which then say nothing of experts.
         top_k: experts per token.
         temperature: router temperature τ.
         skip: β of dynamic skipping (NAEE): a chosen expert whose weight is below β times the token's highest is

@@ -44,6 +44,8 @@ ON_AND_OFF = ("supervised-router", "active-learning")
 """Switches of the verbs that are on unless they are turned off."""
 OURS = {"out", "json", "force", "vs", "base", "task", "data", "results", "state", "latency"}
 """Flags that the runner sets itself."""
+CHANNEL_SUMS = ("moe-pruner", "intra")
+"""Searches that need a profile with channel sums."""
 VERBS = {"gate": "eval", "load": "profile"}
 """Stages that are not called as their verbs are."""
 GATE = "gate.json"
@@ -255,8 +257,7 @@ def _wrong_flags(raw: Mapping[Any, Any]) -> Iterator[str]:
         yield "eval needs a task"
     if not isinstance(search, dict):
         return
-    if search.get("method") == "leap" and not raw.get("task"):
-        yield "search.method leap needs a task"
+    yield from _missing_for_search(str(search.get("method")), search, raw)
     for size in ("experts", "budget"):
         if isinstance(search.get(size), list) and len(search[size]) != 1:
             yield f"search.{size} lists several budgets, and a run cuts one"
@@ -264,3 +265,12 @@ def _wrong_flags(raw: Mapping[Any, Any]) -> Iterator[str]:
     priced = isinstance(tune, dict) and _is_positive(_of(tune, "latency-coef"))
     if priced and not (search.get("method") == "leap" and _is_positive(search.get("lambda"))):
         yield "tune.latency-coef needs search.method leap and search.lambda, whose calibration in the engine it uses"
+
+
+def _missing_for_search(method: str, search: Mapping[str, Any], raw: Mapping[Any, Any]) -> Iterator[str]:
+    """What the search would be refused for, but only once the profile is made."""
+    profile = raw.get("profile")
+    if (reads(method, "items") or reads(method, "train_items")) and not raw.get("task"):
+        yield f"search.method {method} needs a task: give task in place of data"
+    if method in CHANNEL_SUMS and not (isinstance(profile, dict) and profile.get("channels")):
+        yield f"search.method {method} needs channel sums: give profile: {{channels: true}}"

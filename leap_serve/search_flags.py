@@ -15,6 +15,8 @@ _COUNTS = (*ONE_SHOT, "moe-pruner", *_NAEE, "moe-i2", "tsep", "eep", *_SEARCHED)
 READERS: dict[str, tuple[str, ...]] = {
     "allocation": tuple(method for method in _COUNTS if method != "moe-i2"), "guard_super_experts": ONE_SHOT, "top_k": (*_COUNTS, "hc-smoe"),
     "episodes": (*_SEARCHED, "eep"), "items": (*_SEARCHED, *_BY_LAYER, "eep"),
+    "task": (*_SEARCHED, *_BY_LAYER, "tsep", "eep"),
+    "model": (*_SEARCHED, "moe-pruner", "intra", *_BY_LAYER, "lexi", "tsep", "eep"),
     "dtype": (*_SEARCHED, *_BY_LAYER, "lexi", "eep"), "state": (*_SEARCHED, *_BY_LAYER, "lexi", "tsep", "eep"),
     **dict.fromkeys(
         ("prior", "engine", "tensorboard", "alpha", "size_coef", "latency_coef", "workload", "measure", "lookahead",

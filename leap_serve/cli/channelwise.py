@@ -9,7 +9,8 @@ from typing import Any
 
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli.console import progress_bar
-from leap_serve.engines.subsets import check_plans
+from leap_serve.cli.layerwise import base_of
+from leap_serve.cut.rules import beyond_stock, check_served
 from leap_serve.errors import UsageError
 from leap_serve.flops import flops_per_token, parameters
 from leap_serve.plan import LayerPlan, Plan
@@ -39,7 +40,7 @@ def channelwise(
     found = {}
     for label, plan in make(args, profile, checkpoint, sizes).items():
         counted, full = parameters(checkpoint, plan), parameters(checkpoint)
-        found[label] = plan, {
+        found[label] = plan, _share(plan) | {
             "parameters": counted.total, "full_parameters": full.total,
             "flops_per_token": flops_per_token(checkpoint, plan), "full_flops_per_token": flops_per_token(checkpoint),
         }  # fmt: skip
@@ -75,6 +76,7 @@ def _intra(args: argparse.Namespace, profile: Profile, checkpoint: Checkpoint, s
     from leap_training.methods.intra import intra
 
     base = _base(args, profile, checkpoint)
+    check_served(checkpoint, beyond_stock(base))
     on = {"on": str(args.on)} if args.on else {}
     found = {}
     for label, size in sizes.items():
@@ -86,12 +88,18 @@ def _intra(args: argparse.Namespace, profile: Profile, checkpoint: Checkpoint, s
 def _base(args: argparse.Namespace, profile: Profile, checkpoint: Checkpoint) -> Plan:
     """The plan whose experts are narrowed; without --on, all of them."""
     if args.on is not None:
-        base = Plan.load(args.on)
-        check_plans(checkpoint, profile.base, [base])
-        return base
+        return base_of(args.on, checkpoint, profile.base)
     every = tuple(range(profile.num_experts))
     layers = {index: LayerPlan(every, k, args.temperature[0]) for index, k in profile.top_k.items()}
     return Plan(profile.base, profile.num_experts, layers)
+
+
+def _share(plan: Plan) -> dict[str, float]:
+    """What --budget is the share of, where it is not experts: channels, or weights that are not zero."""
+    if plan.zeroed is not None:
+        return {"share": 1.0 - plan.zeroed.ratio}
+    made = plan.made_by
+    return {"share": made["width"] / made["full_width"]} if "full_width" in made else {}
 
 
 def _fraction(size: Mapping[str, Any]) -> float:

@@ -87,8 +87,14 @@ def check_flags(work: Sequence[Stage]) -> None:
     for stage in work:
         verb, *flags = stage.argv
         parser = _Parser(stage.name)
-        importlib.import_module(f"leap_serve.cli.{verb.replace('-', '_')}").add_arguments(parser)
-        parser.parse_args(flags)
+        command = importlib.import_module(f"leap_serve.cli.{verb.replace('-', '_')}")
+        command.add_arguments(parser)
+        given = parser.parse_args(flags)
+        if verb == "search":
+            try:
+                command.check_read(given)
+            except UsageError as error:
+                raise UsageError(f"stage {stage.name}", f"{error.where} {error.what}", error.remedy) from None
 
 
 class _Parser(argparse.ArgumentParser):

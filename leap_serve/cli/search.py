@@ -23,6 +23,13 @@ OBSERVED = ("frequency", "gate-mass", "ean", "ean-mean", "ean-weighted", "reap")
 FRONT = "pareto.json"
 GRID = (0.5, 0.707, 1.0, 1.414, 2.0)
 """What ``--temperature search`` chooses from, for each layer."""
+COLUMNS = {
+    "loss": ("loss", "{:.4f}"), "last_loss": ("loss in training", "{:.4f}"), "tpot_ms": ("TPOT ms", "{:.4f}"),
+    "active_experts": ("active experts", "{}"), "deviation": ("deviation", "{:.4f}"),
+    "parameters": ("parameters", "{:,}"), "flops_per_token": ("FLOPs per token", "{:,}"),
+    "mean_flops_per_token": ("with skipping", "{:,}"),
+}  # fmt: skip
+"""Figures that several budgets' plans are shown with, where their method has them: heading and format."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     searched = ("leap", *SEARCHES)
     parser.add_argument(
-        "source", help=f"a profile folder; for magnitude, random, {', '.join(LAYERWISE)} also the model itself"
+        "source",
+        help=f"a profile folder, or the model itself: {', '.join(('random', *LAYERWISE, *TASKWISE))} take either, "
+        "magnitude the model only",
     )
     parser.add_argument(
         "--method", required=True, choices=(*ONE_SHOT, *CHANNELWISE, *LAYERWISE, *TASKWISE, *searched),
@@ -68,9 +77,14 @@ def _add_searching(parser: argparse.ArgumentParser, searched: tuple[str, ...]) -
     search = parser.add_argument_group(
         "searching", f"for {', '.join(searched)}: plans are scored by the engine on validation items of the task"
     )
-    search.add_argument("--task", help=f"{', '.join(TASKS)}, or a published task")
+    search.add_argument(
+        "--task", help=f"{', '.join(TASKS)}, or a published task; also of naee, moe-i2, hc-smoe, tsep, eep"
+    )
     search.add_argument("--episodes", type=int, default=500, help="plans to evaluate (default 500)")
-    search.add_argument("--items", type=int, default=32, help="validation items per evaluation (default 32)")
+    search.add_argument(
+        "--items", type=int, default=32,
+        help="validation items per evaluation (default 32); naee, moe-i2, hc-smoe: items of the training split",
+    )  # fmt: skip
     search.add_argument("--prior", default="best", choices=("best", *OBSERVED), help="ranking to start at")
     search.add_argument("--model", help="the full model (default: the one that was profiled)")
     search.add_argument("--engine", default="vllm", choices=("vllm", "torch"))
@@ -124,12 +138,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Choose, write the plans and show them."""
     from leap_training.methods.registry import CHANNELWISE, LAYERWISE, TASKWISE
 
-    _check_read(args)
+    check_read(args)
     if args.method == "moe-i2":
         args.allocation = "global"  # its layers' counts follow from their importance
     sizes = _sizes(args)
     _check_out(args, len(sizes))
     source = _source(args.source)
+    _check_task(args, source)
     plans: dict[str, tuple[Plan, dict[str, Any]]]
     if args.method in ONE_SHOT:
         plans = {label: (_one_shot(args, source, size), {}) for label, size in sizes.items()}
@@ -163,6 +178,13 @@ def _single(args: argparse.Namespace, plan: Plan, figures: Mapping[str, Any]) ->
             f"{figures['evaluations']} plans evaluated, from {figures['prior']}: "
             f"loss {figures['prior_loss']:.4f} → {figures['loss']:.4f}"
         )
+    if "pruned_loss" in figures:
+        say(
+            f"{figures['evaluations']} candidates evaluated: loss {figures['pruned_loss']:.4f} pruned → "
+            f"{figures['loss']:.4f} in the end"
+        )
+    if "last_loss" in figures:
+        say(f"loss in training {figures['first_loss']:.4f} → {figures['last_loss']:.4f}")
     if "deviation" in figures:
         say(f"{figures['active_experts']} active experts over all layers, deviation {figures['deviation']:.4f}")
     if "parameters" in figures:
@@ -194,6 +216,7 @@ def _front(args: argparse.Namespace, plans: Mapping[str, tuple[Plan, dict[str, A
         {
             "budget": label, "plan": f"plan-{label}.json", "retained": sum(plan.counts), "counts": plan.counts,
             "share": sum(plan.counts) / (plan.num_experts * len(plan.layers)), "fingerprint": plan.fingerprint,
+            "top_k": [layer.top_k for layer in plan.layers.values()], "notices": list(plan.made_by.get("notices", [])),
             **figures,
         }
         for label, (plan, figures) in plans.items()
@@ -205,12 +228,15 @@ def _front(args: argparse.Namespace, plans: Mapping[str, tuple[Plan, dict[str, A
         for label, (plan, _) in plans.items():
             plan.save(work / f"plan-{label}.json")
         write_json(work / FRONT, {**front, "made_by": made_by(seed=args.seed)})
-    shown = [key for key in ("loss", "tpot_ms") if key in rows[0]]
+    shown = [key for key in COLUMNS if key in rows[0]]
     table(
         f"{args.method}, {args.allocation} → {args.out}",
-        ["budget", "experts kept", *("loss" if key == "loss" else "TPOT ms" for key in shown), "plan"],
-        [[row["budget"], row["retained"], *(f"{row[key]:.4f}" for key in shown), row["plan"]] for row in rows],
-    )
+        ["budget", "experts kept", *(COLUMNS[key][0] for key in shown), "plan"],
+        [[row["budget"], row["retained"], *(COLUMNS[key][1].format(row[key]) for key in shown), row["plan"]]
+         for row in rows],
+    )  # fmt: skip
+    for notice in dict.fromkeys(notice for row in rows for notice in row["notices"]):
+        say(f"note ({', '.join(row['plan'] for row in rows if notice in row['notices'])}): {notice}")
     return {"out": str(args.out), **front}
 
 
@@ -229,17 +255,27 @@ def _sizes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return dict(given)
 
 
-def _check_read(args: argparse.Namespace) -> None:
+def check_read(args: argparse.Namespace) -> None:
     """Refuse a flag that the method would ignore; one that is given its default asks for nothing."""
     parser = argparse.ArgumentParser(add_help=False)
     add_arguments(parser)
     defaults = parser.parse_args(["-", "--method", args.method, "--experts", "1", "-o", "-"])
     names = {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
     for flag in READERS:
-        if not reads(args.method, flag) and getattr(args, flag) != getattr(defaults, flag):
+        # A profile's own task is looked at once the profile is open.
+        if flag != "task" and not reads(args.method, flag) and getattr(args, flag) != getattr(defaults, flag):
             raise UsageError(names[flag], f"means nothing to {args.method}", "leave it out")
     if args.seed < 0:
         raise UsageError("--seed", f"is {args.seed}", "give 0 or more")
+
+
+def _check_task(args: argparse.Namespace, source: Profile | Checkpoint) -> None:
+    """Refuse a task that the method would ignore; the profile's own one asks for nothing."""
+    own = source.made_by.get("task") if isinstance(source, Profile) else None
+    if args.task is None or reads(args.method, "task") or args.task == own:
+        return
+    profiled = f", and the profile is of {own}" if own else ""
+    raise UsageError("--task", f"means nothing to {args.method}{profiled}", "leave it out")
 
 
 def _check_out(args: argparse.Namespace, budgets: int) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.cli.console import progress_bar
 from leap_serve.cli.engines import scoring_dtype
-from leap_serve.cli.layerwise import model_behind
+from leap_serve.cli.layerwise import check_form, model_behind
 from leap_serve.encoding import items_sha256
 from leap_serve.errors import UsageError
 from leap_serve.plan import Plan
@@ -64,6 +64,7 @@ def _tsep(
     config = TsepConfig(tuning)
     config.check()
     check_space(space)
+    check_form(checkpoint, space)
     items = load_task(args.task).items("train", tuning.items, args.seed)
     identity = {
         "method": "tsep", "model": space.routing.base.sha256, "data": items_sha256(items), "experts": space.cap,
@@ -83,6 +84,7 @@ def _eep(
 ) -> tuple[Plan, dict[str, Any]]:
     from leap_training.methods.blocks import BlockModel
     from leap_training.methods.eep import Eep, EepConfig, TaskLoss, check_space, plan_of, renormalises
+    from leap_training.methods.hc_smoe import check_merge
     from leap_training.methods.merged import check_maps
     from leap_training.splits import validation_part
 
@@ -90,6 +92,8 @@ def _eep(
     config.check()
     check_space(space)
     check_maps(checkpoint.family)
+    check_merge(checkpoint, args.method)
+    check_form(checkpoint, space, "merge")
     items = validation_part(load_task(args.task), "search", args.items, args.seed)
     model = BlockModel(checkpoint, scoring_dtype(args.dtype))
     identity = {
@@ -99,13 +103,13 @@ def _eep(
     search = Eep(TaskLoss(model, items, space), space, config, args.state and folder, identity)
     with progress_bar(f"eep {label}") as bar:
         best = search.run(bar)
-    figures = {"loss": best.loss, "pruned_loss": search.pruned_loss, "evaluations": search.evaluations}
     plan = plan_of(
         best, space, renormalises(model), task=args.task, items=len(items), seed=args.seed,
         search_data_sha256=items_sha256(items), search_loss=best.loss, pruned_loss=search.pruned_loss,
         evaluations=search.evaluations, dtype=model.dtype,
     )  # fmt: skip
-    return plan, figures
+    figures = {"loss": best.loss, "pruned_loss": search.pruned_loss, "evaluations": search.evaluations}
+    return plan, figures | {"merged": plan.made_by["merged"]}
 
 
 def _check(args: argparse.Namespace, sizes: int) -> None:
@@ -113,6 +117,8 @@ def _check(args: argparse.Namespace, sizes: int) -> None:
     where = f"--method {args.method}"
     if args.task is None:
         raise UsageError(where, "needs --task", f"choose one of {', '.join(TASKS)}")
+    if args.allocation != "uniform":
+        raise UsageError("--allocation", f"{args.method} retains equally many in every layer", "choose uniform")
     if len(args.temperature) > 1:
         raise UsageError("--temperature", f"{where} does not search it", "give one value")
     if args.tuned is not None and sizes > 1:

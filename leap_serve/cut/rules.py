@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +10,19 @@ from leap_serve.architectures import Role, role_of, text_config
 from leap_serve.checkpoint import Checkpoint, check_cut, check_experts, check_rows, is_shared_scale, router_tail
 from leap_serve.errors import CheckpointError, PlanError, UnsupportedError
 from leap_serve.plan import Plan
-from leap_serve.weights.tensorfile import Made, Piece, read_header
+from leap_serve.weights.tensorfile import Made, Piece, TensorEntry, read_header
 
 Retained = Mapping[int, Sequence[int]]
 """Layer, MTP layers included → retained ids in the source."""
+OURS: Mapping[str, tuple[str, str]] = {
+    "counts": ("retains more experts in some layers than in others", "retain equally many (--allocation uniform)"),
+    "top_k": ("has a higher top_k in some layers than in others", "have the same in all"),
+    "widths": ("narrows experts more in some layers than in others", "keep equally many channels in all"),
+    "τ": ("has a router temperature other than 1", "leave --temperature out"),
+    "skip": ("skips experts", "leave --skip out"),
+    "merge": ("merges experts", "choose a --method that merges none"),
+}
+"""What only our architecture serves: what such a plan does, and what to do instead."""
 
 
 def open_source(model: Path) -> Checkpoint:
@@ -125,10 +134,45 @@ def architecture_of(source: Checkpoint, plan: Plan) -> str:
     stated = str((source.config.get("architectures") or [family.architecture])[0])
     if plan.is_uniform:
         return family.architecture if stated == family.leap_architecture else stated
-    if family.vllm is None or stated not in (family.architecture, family.leap_architecture):
-        what = f"no engine serves {stated} ({family.model_type}) when counts, top_k or τ differ from layer to layer"
-        raise UnsupportedError(source.folder, what, "make the plan with --allocation uniform")
+    check_served(source, beyond_stock(plan))
     return family.leap_architecture
+
+
+def beyond_stock(plan: Plan) -> tuple[str, ...]:
+    """Return what of a plan no stock engine holds, keys of OURS; nothing of a uniform plan."""
+    layers = plan.layers.values()
+    found = {
+        "counts": len({len(layer.retained) for layer in layers}) > 1,
+        "top_k": len({layer.top_k for layer in layers}) > 1,
+        "widths": len({layer.width for layer in layers}) > 1,
+        "τ": any(layer.temperature != 1.0 for layer in layers),
+        "skip": any(layer.skip is not None for layer in layers),
+        "merge": any(layer.merge is not None for layer in layers),
+    }
+    return tuple(form for form in OURS if found[form])
+
+
+def check_served(source: Checkpoint, forms: Collection[str], remedy: str | None = None) -> None:
+    """Raise UnsupportedError where no engine serves a model cut by a plan of these forms (keys of OURS).
+
+    Searches ask before they load the model. ``remedy``: in place of what there is to do instead of each form.
+    """
+    family = source.family
+    stated = str((source.config.get("architectures") or [family.architecture])[0])
+    if not forms or (family.vllm is not None and stated in (family.architecture, family.leap_architecture)):
+        return
+    what = f"no engine serves {stated} ({family.model_type}) cut by a plan that "
+    what += " and ".join(OURS[form][0] for form in forms)
+    raise UnsupportedError(source.folder, what, remedy or ", and ".join(OURS[form][1] for form in forms))
+
+
+def unfit_expert(source: Checkpoint, fits: Callable[[Role, TensorEntry], bool]) -> str:
+    """Return which expert tensor of the MoE layers does not fit, with dtype and shape; nothing where all do."""
+    for name, entry in source.tensors.items():
+        role = source.role(name)
+        if role.layer in source.moe_layers and role.kind in ("expert", "fused") and not fits(role, entry):
+            return f"{name} ({entry.dtype} {list(entry.shape)})"
+    return ""
 
 
 def new_ids(retained: Retained) -> dict[int, dict[int, int]]:

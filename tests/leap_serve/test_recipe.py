@@ -9,7 +9,7 @@ import pytest
 from leap_serve.cli import main
 from leap_serve.cli.run import check_flags
 from leap_serve.errors import LeapError, UsageError
-from leap_serve.recipe import Recipe
+from leap_serve.recipe import CHANNEL_SUMS, Recipe
 
 GOOD = """
 model: leap-tiny
@@ -160,6 +160,14 @@ def test_a_task_file_is_found_from_the_recipes_folder(tmp_path: Path) -> None:
         ("model: m\ntask: t\nprofile: 3", "profile is not a mapping"),
         ("model: m\ndata: d\nprofile: {}\nsearch: {}\ncut: {}\neval: {}", "eval needs a task"),
         ("model: m\ndata: d\nprofile: {}\nsearch: {method: leap}", "search.method leap needs a task"),
+        (
+            "model: m\ntask: t\nprofile: {}\nsearch: {method: intra, budget: 0.5}",
+            r"search.method intra needs channel sums: give profile: \{channels: true\}",
+        ),
+        (
+            "model: m\ndata: d\nprofile: {limit: 9, channels: false}\nsearch: {method: moe-pruner, zero: row}",
+            r"recipe.yaml: search.method moe-pruner needs channel sums: give profile: \{channels: true\};",
+        ),
         ("model: m\ntask: t\nprofile: {}\nsearch: {experts: [8, 16]}", "search.experts lists several budgets"),
         ("model: m\ntask: t\nprofile: {}\nsearch: {state: s}", "search.state is set by the run itself"),
     ],
@@ -167,6 +175,23 @@ def test_a_task_file_is_found_from_the_recipes_folder(tmp_path: Path) -> None:
 def test_what_is_wrong_is_said(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(LeapError, match=message):
         Recipe.load(write(tmp_path, text))
+
+
+def test_searches_that_look_at_a_task_are_refused_where_there_is_data_only(tmp_path: Path) -> None:
+    from leap_training.methods.registry import CHANNELWISE, METHODS
+
+    assert CHANNEL_SUMS == CHANNELWISE
+    refused = []
+    for method in METHODS:
+        text = f"model: m\nprofile: {{channels: true}}\nsearch: {{method: {method.name}, experts: 4}}\n"
+        Recipe.load(write(tmp_path, f"{text}task: t\n"))
+        try:
+            Recipe.load(write(tmp_path, f"{text}data: d\n"))
+        except LeapError as error:
+            assert f"search.method {method.name} needs a task: give task in place of data" in str(error)
+            refused.append(method.name)
+    assert refused == [method.name for method in METHODS if "items" in method.source]
+    assert {"naee", "naee-progressive", "moe-i2", "hc-smoe", "tsep", "eep", "leap", "rco"} < set(refused)
 
 
 def test_switches_that_are_on_are_turned_off_by_false(tmp_path: Path) -> None:
@@ -183,12 +208,15 @@ def test_switches_that_are_on_are_turned_off_by_false(tmp_path: Path) -> None:
         ("tune: {roundz: 4}", "stage tune: unrecognized arguments: --roundz 4; correct the recipe"),
         ("tune: {rounds: many}", "stage tune: argument --rounds: invalid int value: 'many'"),
         ("load: {limit: 1.5}", "stage load: argument --limit"),
+        ("search: {method: reap, experts: 16, zero: row}", "stage search: --zero means nothing to reap; leave it out"),
+        ("search: {method: reap, experts: 16, episodes: 10}", "stage search: --episodes means nothing to reap"),
     ],
 )
 def test_flags_that_a_verb_does_not_take_are_refused_before_the_first_stage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, said: str
 ) -> None:
-    path, out = write(tmp_path, f"{GOOD}{change}\n"), tmp_path / "run"
+    good = "".join(line for line in GOOD.splitlines(True) if line.partition(":")[0] != change.partition(":")[0])
+    path, out = write(tmp_path, f"{good}{change}\n"), tmp_path / "run"
     with pytest.raises(UsageError, match=said):
         check_flags(Recipe.load(path).plan_of_work(out))
     assert main(["run", str(path), "-o", str(out)]) == 2 and said in capsys.readouterr().err

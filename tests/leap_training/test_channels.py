@@ -226,6 +226,34 @@ def test_the_unstructured_form_is_cut_and_says_what_it_does_not_save(
     (folder / "profile.json").write_text(broken)
 
 
+def test_several_budgets_show_what_tells_their_plans_apart(
+    profiled: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, folder = profiled
+    command = ["search", str(folder), "--model", str(model), "--budget", "0.5", "0.75", "--method"]
+    assert main([*command, "moe-pruner", "--zero", "row", "-o", str(tmp_path / "zeroed"), "--json"]) == 0
+    said = capsys.readouterr().out
+    rows = json.loads((tmp_path / "zeroed" / "pareto.json").read_text())["plans"]
+    assert json.loads(said.splitlines()[-1])["plans"] == rows and [row["share"] for row in rows] == [0.5, 0.75]
+    for row, zeros in zip(rows, ("50%", "25%"), strict=True):
+        (notice,) = row["notices"]
+        assert notice.startswith(f"{zeros} of the experts' weights") and "neither memory nor time" in notice
+        assert f"note ({row['plan']}): {notice}" in " ".join(said.split())
+    assert main([*command, "intra", "-o", str(tmp_path / "narrow")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    rows = json.loads((tmp_path / "narrow" / "pareto.json").read_text())["plans"]
+    assert [row["share"] for row in rows] == [0.5, 0.75] and [row["retained"] for row in rows] == [32, 32]
+    for row in rows:
+        plan = Plan.load(tmp_path / "narrow" / row["plan"])
+        assert row["flops_per_token"] == flops_per_token(Checkpoint.open(model), plan)
+        assert f"{row['budget']} 32 {row['parameters']:,} {row['flops_per_token']:,} {row['plan']}" in said
+        assert f"note ({row['plan']}): {row['notices'][0]}" in said
+
+    base = tmp_path / "narrow" / "plan-0.5.json"
+    assert main([*command, "intra", "-o", str(tmp_path / "twice"), "--on", str(base)]) == 2
+    assert f"{base}: narrows experts; give a plan that only chooses experts" in capsys.readouterr().err
+
+
 def test_the_expert_form_keeps_the_highest_and_refusals(
     profiled: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

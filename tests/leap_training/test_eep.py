@@ -157,6 +157,9 @@ def test_a_candidate_that_only_prunes_is_an_ordinary_plan_with_the_same_loss(
     scores = engine.score_plans([plan], ITEMS)[0]
     engine.close()
     assert loss == pytest.approx(-sum(s.logprob for s in scores) / sum(s.tokens for s in scores), rel=1e-4)
+    nothing = "phase 2 found no merge with a lower loss: the experts are pruned, and none is merged"
+    assert nothing in plan.made_by["notices"]
+    assert nothing in plan_of(candidate, space, renormalises=False).made_by["notices"]
     assert not plan_of(candidate, space, renormalises=False).is_masking, "without renormalising a mask is another thing"
 
 
@@ -254,8 +257,19 @@ def test_the_command_and_families_that_have_no_softmax(
     ]
     assert main([*command, "--task", "toy-gsm", "--episodes", "8"]) == 2 and not out.exists()
     assert main([*command, "--task", "toy-gsm", "--tuned", "x"]) == 2 and not out.exists()
-    assert main([*command, "--task", "toy-gsm", "--episodes", "40"]) == 0
-    assert Plan.load(out).made_by["evaluations"] == 40
+    capsys.readouterr()
+    command += ["--task", "toy-gsm", "--state", str(tmp_path / "state"), "--episodes"]
+    assert main([*command, "40"]) == 0
+    made = Plan.load(out).made_by
+    assert made["evaluations"] == 40
+    losses = f"loss {made['pruned_loss']:.4f} pruned → {made['search_loss']:.4f}"
+    assert f"40 candidates evaluated: {losses}" in " ".join(capsys.readouterr().out.split())
+    for flags, said in (
+        (["40", "--seed", "1"], "is of another search: its data differs; give the same --task, --items or --seed to"),
+        (["41"], "evaluations is 40 there and 41 now; give the same --episodes to resume"),
+    ):
+        assert main([*command, *flags, "--force"]) == 2
+        assert said in capsys.readouterr().err
     llama = open_model(family_checkpoint, "llama4_text", tmp_path)
     with pytest.raises(UnsupportedError, match="has no softmax to map"):
         TaskLoss(llama, ITEMS, PruningSpace.of(Routing.of(llama.checkpoint), experts=3))

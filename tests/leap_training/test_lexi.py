@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from leap_serve.cli import main
 from leap_serve.engines.torch_engine import TorchEngine
 from leap_serve.errors import UsageError
 from leap_serve.flops import flops_per_token
-from leap_serve.plan import LayerPlan, Plan
+from leap_serve.plan import BaseModel, LayerPlan, Plan
 from leap_training.methods.blocks import BlockModel, LayerResults
-from leap_training.methods.lexi import LexiConfig, active_budget, evolution, exact, lexi, sensitivity
+from leap_training.methods.lexi import LexiConfig, active_budget, comes_even, evolution, exact, lexi, sensitivity
 from tiny_tokenizer import talking_copy
 
 K = 4
@@ -129,6 +130,33 @@ def test_command_on_a_plan_and_flops_against_a_counted_forward_pass(
             main(["search", str(folder), "--method", "lexi", "--budget", share, "-o", str(tmp_path / "no.json")]) == 2
         )
         assert "not a fraction" in capsys.readouterr().err
+
+
+def test_several_budgets_show_their_active_experts_and_flops(
+    model: BlockModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plans"
+    command = ["search", str(model.checkpoint.folder), "--method", "lexi", "--draws", "2", "-o", str(out)]
+    assert main([*command, "--budget", "0.5", "0.75"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    rows = json.loads((out / "pareto.json").read_text())["plans"]
+    assert [row["share"] for row in rows] == [0.5, 0.75] and [sum(row["top_k"]) for row in rows] == [8, 12]
+    for row in rows:
+        flops = flops_per_token(model.checkpoint, Plan.load(out / row["plan"]))
+        assert f"{row['budget']} 32 {sum(row['top_k'])} {row['deviation']:.4f} {flops:,} {row['plan']}" in said
+    assert rows[0]["flops_per_token"] < rows[1]["flops_per_token"] < rows[1]["full_flops_per_token"]
+
+
+@pytest.mark.parametrize("own", [(1,), (4,), (2, 2, 2), (4, 2, 3), (1, 1), (3, 1)])
+def test_a_plan_is_even_for_sure_just_where_no_uneven_one_is_left(own: tuple[int, ...]) -> None:
+    layers = {index: LayerPlan(tuple(range(8)), k) for index, k in enumerate(own)}
+    base = Plan(BaseModel("m", "0" * 64), 8, layers)
+    for k_min in (1, 2):
+        fewest = [min(k_min, k) for k in own]
+        for total in range(sum(fewest), sum(own) + 1):
+            ranges = [range(least, k + 1) for least, k in zip(fewest, own, strict=True)]
+            plans = [chosen for chosen in itertools.product(*ranges) if sum(chosen) == total]
+            assert comes_even(base, total, k_min) is all(len(set(chosen)) == 1 for chosen in plans)
 
 
 def test_one_expert_per_token_leaves_nothing_to_do(

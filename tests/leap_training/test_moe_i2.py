@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +18,12 @@ from leap_serve.cut.verify import verify
 from leap_serve.cut.write import cut
 from leap_serve.engines.torch_subsets import masked_routers
 from leap_serve.errors import UsageError
+from leap_serve.files import read_json, write_json
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.weights.matrices import values
-from leap_training.methods.blocks import BlockModel, LayerResults
+from leap_training.methods.blocks import BlockModel, Captured, LayerResults, MoeLayer
 from leap_training.methods.moe_i2 import MoeI2Config, _child, genetic, moe_i2, pruned_counts, ranks
+from leap_training.methods.naee import LayerData
 from leap_training.pruning_space import PruningSpace
 from leap_training.saliency import Routing
 
@@ -135,15 +137,32 @@ def test_plans_that_share_their_first_layers_answer_as_each_alone(
     assert not torch.allclose(got[0], got[1], atol=1e-3) and not torch.allclose(got[1], got[2], atol=1e-3)
 
 
-def test_a_killed_search_continues_where_it_was(family_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_killed_search_continues_where_it_was(
+    family_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = open_model(family_checkpoint, "qwen3_moe", tmp_path)
-    ids, space, path = model.encode(ITEMS[:2]), space_of(model, 5), tmp_path / "layers.json"
+    ids, space, path = model.encode(ITEMS[:1]), space_of(model, 5), tmp_path / "layers.json"
     whole = moe_i2(model, ids, space, tmp_path / "x", LayerResults(None, {}))
 
     class Killed(Exception):
         pass
 
-    for step in (2, 6, 9):  # amid importances, candidates, groups
+    # The search draws the same again, so that only what it computes tells one that goes on from one that starts anew.
+    computed: list[int | tuple[int, ...]] = []
+    of, block_outputs = LayerData.of, BlockModel.block_outputs
+
+    def counted(layer: MoeLayer, index: int, captured: Captured) -> LayerData:
+        computed.append(index)
+        return of(layer, index, captured)
+
+    def outputs(self: BlockModel, one: Sequence[int], plans: Sequence[Plan], group: Sequence[int]) -> torch.Tensor:
+        computed.append(tuple(group))
+        return block_outputs(self, one, plans, group)
+
+    monkeypatch.setattr(LayerData, "of", counted)
+    monkeypatch.setattr(BlockModel, "block_outputs", outputs)
+    wanted: dict[int, list[int | tuple[int, ...]]] = {2: [0, 1], 6: [2, 3, 0, 1], 9: [2, 3, (0, 1, 2)]}
+    for step in wanted:  # amid importances, candidates, groups
 
         def kill(done: int, _total: int, step: int = step) -> None:
             if done == step:
@@ -151,8 +170,10 @@ def test_a_killed_search_continues_where_it_was(family_checkpoint: Callable[[str
 
         with pytest.raises(Killed):
             moe_i2(model, ids, space, tmp_path / "x", LayerResults(path, {"n": 1}), progress=kill)
+        assert computed == wanted[step]
+        computed.clear()
     again = moe_i2(model, ids, space, tmp_path / "x", LayerResults(path, {"n": 1}))
-    assert again.fingerprint == whole.fingerprint
+    assert computed == [(3,)] and again.fingerprint == whole.fingerprint
 
 
 def test_low_rank_is_cut_verified_and_says_that_it_saves_nothing(
@@ -190,7 +211,13 @@ def test_the_command(
     assert main([*command, "--task", "toy-gsm", "--items", "2", "--state", str(tmp_path / "state")]) == 0
     assert sum(Plan.load(out).counts) == 16
     assert "moe-i2, global: 16 of 32 experts" in capsys.readouterr().out
-    before = (tmp_path / "state" / "layers.json").read_bytes()
+    state = tmp_path / "state" / "layers.json"
+    assert list(state.parent.iterdir()) == [state], "the layers' inputs are gigabytes, and of no use any more"
+    # What is known is taken as it is: a search from the start would choose the best set of the group again.
+    known = read_json(state)
+    known["layers"]["2"]["chosen"] = 2
+    write_json(state, known)
     assert main([*command, "--task", "toy-gsm", "--items", "2", "--state", str(tmp_path / "state"), "--force"]) == 0
-    assert (tmp_path / "state" / "layers.json").read_bytes() == before
+    assert read_json(state) == known and list(state.parent.iterdir()) == [state]
+    assert Plan.load(out).layers[2].retained == tuple(known["layers"]["2"]["candidates"][2])
     cut(model.checkpoint.folder, Plan.load(out), tmp_path / "cut")

@@ -18,7 +18,7 @@ from leap_serve.engines.torch_subsets import masked_routers
 from leap_serve.flops import flops_per_token
 from leap_serve.plan import LayerPlan, Plan
 from leap_training.methods import naee as module
-from leap_training.methods.blocks import BlockModel, LayerResults
+from leap_training.methods.blocks import BlockModel, Captured, LayerResults
 from leap_training.methods.naee import LayerData, naee
 from leap_training.pruning_space import PruningSpace
 from leap_training.saliency import Routing
@@ -112,6 +112,66 @@ def test_skipping_thresholds_and_resuming(family_checkpoint: Callable[[str], Pat
     again = naee(model, ids, space, tmp_path / "y", LayerResults(path, {"n": 1}))
     assert again.layers[2].retained == (0, 1, 2, 3) and not (tmp_path / "y").exists()
     assert again.layers[1] == plan.layers[1]
+
+
+def test_a_killed_progressive_search_goes_on_behind_the_layers_it_knows(
+    family_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_model(family_checkpoint, "qwen3_moe", tmp_path)
+    ids, space, path = model.encode(ITEMS[:1]), space_of(model, 4), tmp_path / "layers.json"
+    whole = naee(model, ids, space, tmp_path / "x", LayerResults(None, {}), progressive=True)
+    seen: list[tuple[list[int], Plan]] = []
+    capture = BlockModel.capture
+
+    def counted(self: BlockModel, ids: Any, folder: Path, layers: Sequence[int], under: Plan, **more: Any) -> Captured:
+        seen.append((list(layers), under))
+        return capture(self, ids, folder, layers, under, **more)
+
+    class Killed(Exception):
+        pass
+
+    def kill(done: int, _total: int) -> None:
+        if done == 2:
+            raise Killed
+
+    monkeypatch.setattr(BlockModel, "capture", counted)
+    with pytest.raises(Killed):
+        naee(model, ids, space, tmp_path / "x", LayerResults(path, {"n": 1}), progressive=True, progress=kill)
+    assert [layers for layers, _ in seen] == [[0], [1]]
+    seen.clear()
+    again = naee(model, ids, space, tmp_path / "x", LayerResults(path, {"n": 1}), progressive=True)
+    assert [layers for layers, _ in seen] == [[2], [3]] and again.fingerprint == whole.fingerprint
+    # What it knows is what the later layers see, whatever it is.
+    marked = LayerResults(tmp_path / "marked.json", {})
+    marked.put(0, {"retained": [4, 5, 6, 7], "loss": 0.5, "beta": 0.25})
+    seen.clear()
+    other = naee(model, ids, space, tmp_path / "x", LayerResults(tmp_path / "marked.json", {}), progressive=True)
+    assert [layers for layers, _ in seen] == [[1], [2], [3]] and other.layers[0].retained == (4, 5, 6, 7)
+    assert all(under.layers[0].retained == (4, 5, 6, 7) != whole.layers[0].retained for _, under in seen)
+
+
+@pytest.mark.parametrize("method", ["naee", "naee-progressive", "hc-smoe"])
+def test_a_search_that_ends_leaves_no_inputs_of_layers(
+    method: str, family_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, state = talking_copy(family_checkpoint("qwen3_moe"), tmp_path / "m"), tmp_path / "state"
+    command = ["search", str(folder), "--method", method, "--task", "toy-gsm", "--items", "2", "--state", str(state)]
+    written: list[Path] = []
+    capture = BlockModel.capture
+
+    def counted(self: BlockModel, ids: Any, folder: Path, *rest: Any, **more: Any) -> Captured:
+        found = capture(self, ids, folder, *rest, **more)
+        written.extend(folder.glob("item-*.safetensors"))
+        return found
+
+    monkeypatch.setattr(BlockModel, "capture", counted)
+    (state / "inputs").mkdir(parents=True)
+    (state / "inputs" / "mine.txt").write_text("not the search's to remove")
+    assert main([*command, "--experts", "4", "6", "-o", str(tmp_path / "plans")]) == 0
+    left = {path.relative_to(state) for path in state.rglob("*") if path.is_file()}
+    assert left == {Path("4/layers.json"), Path("6/layers.json"), Path("inputs/mine.txt")}
+    assert len(set(written)) >= 2 and not any(file.exists() for file in written)
+    assert not list(state.glob("?/inputs"))
 
 
 def test_what_cannot_be_searched_is_refused(

@@ -159,6 +159,8 @@ def test_the_command(
     tuned = tmp_path / "tuned"
     more = ["--task", "toy-gsm", "--steps", "2", "--train-items", "2", "--tuned", str(tuned)]
     assert main([*command, *more]) == 0
+    made = Plan.load(out).made_by
+    assert f"loss in training {made['first_loss']:.4f} → {made['last_loss']:.4f}" in capsys.readouterr().out
     assert Plan.load(out).counts == [4] * 4 == Checkpoint.open(tuned).plan.counts  # type: ignore[union-attr]
     assert all(isinstance(layer, LayerPlan) and layer.is_masking for layer in Plan.load(out).layers.values())
     out.unlink()

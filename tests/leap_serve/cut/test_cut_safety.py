@@ -19,11 +19,12 @@ import pytest
 from cutting import EVEN, UNEVEN, plan_of
 from leap_serve.checkpoint import Checkpoint, check_cut
 from leap_serve.cli import main
+from leap_serve.cut.rules import beyond_stock
 from leap_serve.cut.verify import verify
 from leap_serve.cut.write import cut
 from leap_serve.errors import CheckpointError, LeapError, PlanError, UnsupportedError, UsageError
 from leap_serve.files import sha256_of
-from leap_serve.plan import BaseModel, LayerPlan, Plan
+from leap_serve.plan import BaseModel, LayerPlan, Merge, Plan
 from synthetic import make, qwen_config, qwen_tensors, read_all, read_safetensors, write_safetensors
 
 
@@ -90,8 +91,23 @@ def test_a_family_that_our_plugin_does_not_serve_is_cut_evenly_or_not_at_all(tmp
     config["n_routed_experts"] = config.pop("num_experts")
     model = make(tmp_path / "src" / "m", qwen_tensors(), config)
     sentence = refused(model, plan_of(model), UnsupportedError)
-    assert "no engine serves DeepseekV2ForCausalLM (deepseek_v2) when counts, top_k or τ differ" in sentence
-    assert "--allocation uniform" in sentence
+    assert "no engine serves DeepseekV2ForCausalLM (deepseek_v2) cut by a plan that retains more experts in" in sentence
+    assert (
+        "and has a router temperature other than 1; retain equally many (--allocation uniform), and leave" in sentence
+    )
+    pairs = tuple(((2 * slot, 0.5), (2 * slot + 1, 0.5)) for slot in range(3))
+    for more, remedy in (
+        ({"skip": 0.5}, "cut by a plan that skips experts; leave --skip out"),
+        ({"merge": Merge(pairs, pairs)}, "cut by a plan that merges experts; choose a --method that merges none"),
+    ):
+        uniform = {index: LayerPlan((0, 2, 4), 2, **more) for index in (0, 1)}
+        assert remedy in refused(model, plan_of(model, uniform), UnsupportedError)
+        assert beyond_stock(plan_of(model, uniform)) == tuple(more)
+    fewer = {0: LayerPlan((0, 2, 5), 2), 1: LayerPlan((1, 3, 7), 1)}
+    assert "top_k in some layers than in others; have the same in all" in refused(
+        model, plan_of(model, fewer), UnsupportedError
+    )
+    assert not beyond_stock(plan_of(model, EVEN)) and plan_of(model, EVEN).is_uniform
     assert cut(model, plan_of(model, EVEN), tmp_path / "out").architecture == "DeepseekV2ForCausalLM"
 
 

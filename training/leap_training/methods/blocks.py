@@ -1,12 +1,15 @@
 """What layer-wise methods share: a full model's MoE layers one at a time, their inputs on disk, and resuming.
 
 T tokens, H hidden, E experts of a layer, K the model's top_k, S plans of one layer.
+
+The inputs of all L layers are T·H·L numbers: gigabytes of large models. They lie in the folder of --state while a search
+runs, without one in the system's temporary folder, which often is memory: TMPDIR names another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +29,12 @@ from leap_serve.errors import LeapError, UsageError
 from leap_serve.files import read_json, write_json
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.tasks.base import Item
+from leap_training.methods.states import other_search
 
 CHUNK = 1 << 24
 """Numbers that the outputs of all experts may take at once."""
+INPUTS = "item-*.safetensors"
+"""Files of captured inputs, one per item."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +152,7 @@ class BlockModel:
                     self.model(input_ids=torch.tensor([list(one)], device=self.device), use_cache=False)
                 except _EnoughError:
                     pass
-                save_file(seen, folder / f"item-{number:06d}.safetensors")
+                save_file(seen, folder / _file(number))
                 seen.clear()
                 if progress is not None:
                     progress(number + 1, len(ids))
@@ -215,8 +221,20 @@ class Captured:
 
     def read(self, item: int, layer: int) -> torch.Tensor:
         """Return one item's x [T, H] at one layer; nothing else is read."""
-        with safe_open(self.folder / f"item-{item:06d}.safetensors", "pt", device=str(self.device)) as file:
+        with safe_open(self.folder / _file(item), "pt", device=str(self.device)) as file:
             return file.get_tensor(str(layer))
+
+
+def _file(item: int) -> str:
+    return INPUTS.replace("*", f"{item:06d}")
+
+
+def discard_inputs(folder: Path) -> None:
+    """Remove what :meth:`BlockModel.capture` has written to a folder, and the folder if nothing else is in it."""
+    for file in folder.glob(INPUTS):
+        file.unlink()
+    with suppress(OSError):
+        folder.rmdir()
 
 
 class _EnoughError(Exception):
@@ -257,10 +275,7 @@ class LayerResults:
         for key, value in self._identity.items():
             found = known.get("of", {}).get(key) if isinstance(known, dict) else None
             if found != value:
-                raise UsageError(
-                    path, f"{key} is {found} there and {value} now",
-                    "repeat the same command to resume, or choose another --state",
-                )  # fmt: skip
+                raise other_search(path, key, found, value)
         self._layers = known["layers"]
 
     def get(self, layer: int) -> Any:

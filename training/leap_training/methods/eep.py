@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from leap_serve.engine import Progress
-from leap_serve.errors import CheckpointError, UnsupportedError, UsageError
+from leap_serve.errors import CheckpointError, UsageError
 from leap_serve.files import write_bytes
 from leap_serve.plan import LayerPlan, Merge, Plan
 from leap_serve.plan_extras import Row
@@ -42,6 +42,7 @@ from leap_serve.tasks.base import Item
 from leap_training.batches import collate, token_losses, use_fast_experts
 from leap_training.methods.blocks import BlockModel
 from leap_training.methods.merged import Maps, check_maps, merged_experts
+from leap_training.methods.states import other_search
 from leap_training.pruning_space import PruningSpace
 
 Array = npt.NDArray[np.float32]
@@ -70,9 +71,9 @@ class EepConfig:
 
 
 def check_space(space: PruningSpace) -> None:
-    """Raise UnsupportedError for plans that eep does not make; to be asked before a model is loaded."""
-    if not space.uniform or space.temperature != 1.0:
-        raise UnsupportedError(
+    """Raise UsageError for plans that eep does not make; to be asked before a model is loaded."""
+    if not space.uniform or space.temperatures != (1.0,):
+        raise UsageError(
             "--allocation, --temperature", "eep keeps equally many slots and τ = 1", "leave them out"
         )  # fmt: skip
 
@@ -115,7 +116,7 @@ class TaskLoss:
 
 
 class Eep:
-    """One search; resumable after every evaluation of a generation.
+    """One search; resumable after every generation.
 
     Args:
         evaluate: a candidate's loss, lower is better.
@@ -234,10 +235,7 @@ class Eep:
             raise CheckpointError(self.path, "is no state of eep", "remove it, or choose another --state") from None
         for key, value in self.identity.items():
             if note["of"].get(key) != value:
-                raise UsageError(
-                    self.path, f"{key} is {note['of'].get(key)} there and {value} now",
-                    "repeat the same command to resume, or choose another --state",
-                )  # fmt: skip
+                raise other_search(self.path, key, note["of"].get(key), value)
         self.evaluations, self.pruned_loss = note["evaluations"], note["pruned_loss"]
         self.random.bit_generator.state = note["random"]
         self.population = [Candidate(*pair) for pair in zip(experts, router, note["losses"], strict=True)]
@@ -251,10 +249,7 @@ def renormalises(model: BlockModel) -> bool:
 def plan_of(best: Candidate, space: PruningSpace, renormalises: bool, **provenance: Any) -> Plan:
     """Return the plan of a candidate: an ordinary one where it only prunes and masking says the same."""
     layers = {}
-    plain = renormalises and all(
-        np.array_equal(e, m) and set(np.unique(e)) <= {0.0, 1.0} and (e.sum(1) == 1).all()
-        for e, m in zip(best.experts, best.router, strict=True)
-    )
+    plain = renormalises and all(map(_prunes, best.experts, best.router))
     for index, k, experts, router in zip(space.layers, space.top_k, best.experts, best.router, strict=True):
         names, order = _names(experts)
         experts, router = experts[order], router[order]
@@ -264,12 +259,20 @@ def plan_of(best: Candidate, space: PruningSpace, renormalises: bool, **provenan
         merge = Merge(_rows(experts), _rows(router))
         layers[index] = LayerPlan(names, k, merge=merge)
     notices = [] if plain else ["experts are merged and the router mapped: served with leap-serve's architecture only"]
+    if all(map(_prunes, best.experts, best.router)):
+        notices.append("phase 2 found no merge with a lower loss: the experts are pruned, and none is merged")
     record = made_by(method="eep", notices=[*notices, *space.notices], merged=not plain, **provenance)
     return Plan(space.routing.base, space.routing.num_experts, layers, made_by=record)
 
 
+def _prunes(experts: Array, router: Array) -> bool:
+    """Whether every slot of a layer is one expert, and the router's own logit of it decides."""
+    one_hot = set(np.unique(experts)) <= {0.0, 1.0} and bool((experts.sum(1) == 1).all())
+    return one_hot and np.array_equal(experts, router)
+
+
 def _names(experts: Array) -> tuple[tuple[int, ...], npt.NDArray[np.int64]]:
-    """Name the slots by their heaviest experts, and say in which order they then stand; by number where two clash."""
+    """Name the slots by their heaviest experts, and say in which order they then stand; 0…r−1 where two clash."""
     heaviest = experts.argmax(1)
     order = np.argsort(heaviest, kind="stable")
     if len(set(heaviest.tolist())) < len(heaviest):

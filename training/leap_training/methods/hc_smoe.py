@@ -6,8 +6,9 @@ hierarchical clustering with average linkage and Euclidean distances until r clu
 cluster are averaged by how often its experts were chosen; a token that chooses an expert gets its cluster's.
 
 Ours: an expert set that was never chosen is averaged evenly; ties in the clustering go to the lowest ids. The router
-keeps all E rows and its own top-k, then ids are mapped; two choices of one cluster both count. So a token may use fewer
-distinct experts, and memory falls as with pruning. Only leap-serve's architecture serves that.
+keeps all E rows and its own top-k, lowered to r where r is less, then ids are mapped; two choices of one cluster both
+count. So a token may use fewer distinct experts, and memory falls as with pruning. Where the router's weight multiplies
+the expert's input (Llama-4) the mean output is that of f(σ(z)·x), not of f(x). Only leap-serve's architecture serves that.
 
 Cost: one forward pass over the items and every expert on every token once. Memory: the model, 2²⁴ numbers of expert
 outputs at a time (128 MiB in float64), and (3·E·H + E²)·8 bytes for means and their distances, while the layers' inputs
@@ -23,12 +24,25 @@ from typing import Any
 import numpy as np
 import torch
 
+from leap_serve.checkpoint import Checkpoint
+from leap_serve.cut.rules import unfit_expert
 from leap_serve.engine import Progress
+from leap_serve.errors import UnsupportedError
 from leap_serve.plan import LayerPlan, Merge, Plan
 from leap_serve.provenance import made_by
+from leap_serve.weights.matrices import DTYPES
 from leap_training.methods.blocks import CHUNK, BlockModel, Captured, LayerResults, MoeLayer
+from leap_training.methods.naee import check_temperatures
 from leap_training.pruning_space import PruningSpace
 from leap_training.saliency import Array
+
+
+def check_merge(checkpoint: Checkpoint, method: str) -> None:
+    """Raise UnsupportedError where the cut could not merge the experts; to be asked before a model is loaded."""
+    if unfit := unfit_expert(checkpoint, lambda _, entry: entry.dtype in DTYPES):
+        raise UnsupportedError(
+            f"--method {method}", f"merges unquantised experts; {unfit} is none", "choose a --method that merges none"
+        )
 
 
 @torch.inference_mode()  # type: ignore[untyped-decorator, unused-ignore]
@@ -93,6 +107,7 @@ def hc_smoe(
 
     Arguments as of :func:`leap_training.methods.naee.naee`.
     """
+    check_temperatures(model.family, space.temperatures)
     layers: dict[int, LayerPlan] = {}
     for number, (index, k) in enumerate(zip(space.layers, space.top_k, strict=True), 1):
         if results.get(index) is None:

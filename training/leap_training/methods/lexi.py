@@ -29,6 +29,7 @@ from leap_serve.errors import UnsupportedError, UsageError
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.provenance import made_by
 from leap_training.methods.blocks import BlockModel, LayerResults, MoeLayer
+from leap_training.methods.naee import check_temperatures
 
 Array = npt.NDArray[np.float64]
 Deviations = Mapping[int, Array]
@@ -84,11 +85,21 @@ def active_budget(base: Plan, k_min: int, experts: int | None = None, budget: fl
     own = [layer.top_k for layer in base.layers.values()]
     total = int(np.floor((budget or 0.0) * sum(own) + 0.5)) if experts is None else experts * len(own)
     fewest = sum(min(k_min, k) for k in own)
+    if experts is not None and not fewest <= total <= sum(own):
+        limits = f"{-(-fewest // len(own))} to {sum(own) // len(own)}"
+        raise UsageError("--experts", f"is {experts} active experts per layer", f"lexi takes {limits}")
     if not fewest <= total <= sum(own):
         raise UsageError(
-            "--budget, --experts", f"is {total} active experts over all layers", f"lexi takes {fewest} to {sum(own)}"
+            "--budget", f"{budget} is {total} active experts over all layers", f"lexi takes {fewest} to {sum(own)}"
         )
     return total
+
+
+def comes_even(base: Plan, total: int, k_min: int) -> bool:
+    """Whether all layers get the same top_k whatever is measured: one layer, everything kept, or the fewest of all."""
+    own = [layer.top_k for layer in base.layers.values()]
+    fewest = [min(k_min, k) for k in own]
+    return len(own) == 1 or any(len(set(ks)) == 1 and total == sum(ks) for ks in (own, fewest))
 
 
 @torch.inference_mode()  # type: ignore[untyped-decorator, unused-ignore]
@@ -198,6 +209,7 @@ def lexi(
     """
     config.check()
     check_top_k(base)
+    check_temperatures(model.family, [layer.temperature for layer in base.layers.values()])
     drawn: dict[int, Array] = {}
     for number, (index, layer) in enumerate(base.layers.items(), 1):
         if results.get(index) is None:

@@ -32,6 +32,7 @@ import numpy.typing as npt
 import torch
 
 from leap_serve.checkpoint import Checkpoint, width_of
+from leap_serve.cut.rules import unfit_expert
 from leap_serve.engine import Progress
 from leap_serve.errors import UnsupportedError, UsageError
 from leap_serve.plan import LayerPlan, Plan
@@ -39,7 +40,7 @@ from leap_serve.provenance import made_by
 from leap_serve.weights.matrices import DTYPES
 from leap_serve.weights.overlays import part_of_expert
 from leap_training.methods.blocks import BlockModel, LayerResults
-from leap_training.methods.naee import AT_ONCE, LayerData
+from leap_training.methods.naee import AT_ONCE, LayerData, check_temperatures
 from leap_training.pruning_space import PruningSpace
 
 Subset = tuple[int, ...]
@@ -75,15 +76,20 @@ class MoeI2Config:
 
 def check_rank(checkpoint: Checkpoint) -> None:
     """Raise UnsupportedError where the cut could not truncate the experts; to be asked before a model is loaded."""
-    for name, entry in checkpoint.tensors.items():
-        role = checkpoint.role(name)
-        if role.layer not in checkpoint.moe_layers or role.kind not in ("expert", "fused"):
-            continue
-        if entry.dtype not in DTYPES or part_of_expert(role) is None:
-            raise UnsupportedError(
-                "--rank", f"truncates an unquantised gate, up and down matrix of every expert; {name} "
-                f"({entry.dtype} {list(entry.shape)}) is none", "leave it out: whole experts are chosen all the same",
-            )  # fmt: skip
+    if unfit := unfit_expert(
+        checkpoint, lambda role, entry: entry.dtype in DTYPES and part_of_expert(role) is not None
+    ):
+        raise UnsupportedError(
+            "--rank", f"truncates an unquantised gate, up and down matrix of every expert; {unfit} is none",
+            "leave it out: whole experts are chosen all the same",
+        )  # fmt: skip
+
+
+def comes_even(space: PruningSpace) -> bool:
+    """Whether all layers retain equally many whatever their importance is: one layer, all experts, or none to spare."""
+    everything = space.routing.num_experts * len(space.layers)
+    at_floor = space.budget == sum(space.top_k) and len(set(space.top_k)) == 1
+    return len(space.layers) == 1 or space.budget == everything or at_floor
 
 
 def pruned_counts(importance: Sequence[float], total: int, most: Sequence[int]) -> tuple[int, ...]:
@@ -199,6 +205,7 @@ def moe_i2(
         provenance: what else ``made_by`` shall record.
     """
     config.check()
+    check_temperatures(model.family, space.temperatures)
     search = _Search(model, ids, space, folder, results, config, progress, capturing)
     search.importances()
     counts = search.counts()

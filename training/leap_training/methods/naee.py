@@ -31,7 +31,7 @@ import torch
 
 from leap_serve.architectures import Family
 from leap_serve.engine import Progress
-from leap_serve.errors import LeapError, UnsupportedError
+from leap_serve.errors import LeapError, UnsupportedError, UsageError
 from leap_serve.plan import LayerPlan, Plan
 from leap_training.methods.blocks import CHUNK, BlockModel, Captured, LayerResults, MoeLayer
 from leap_training.pruning_space import PruningSpace
@@ -191,13 +191,18 @@ def naee(
 
 
 def check_space(space: PruningSpace, family: Family, skip: bool = False) -> None:
-    """Raise UnsupportedError for plans that NAEE cannot search or skip by; to be asked before a model is loaded."""
+    """Raise LeapError for plans that NAEE cannot search or skip by; to be asked before a model is loaded."""
     if not space.uniform:
-        raise UnsupportedError("--allocation", "NAEE retains equally many in every layer", "choose uniform")
-    if family.weight_on_input and space.temperature != 1.0:
-        raise UnsupportedError("--temperature", "is part of this model's expert inputs", "leave it out")
+        raise UsageError("--allocation", "NAEE retains equally many in every layer", "choose uniform")
+    check_temperatures(family, space.temperatures)
     if skip and max(space.top_k) < 2:
         raise UnsupportedError("--skip", "every token uses one expert, so there is none to skip", "leave it out")
+
+
+def check_temperatures(family: Family, temperatures: Iterable[float]) -> None:
+    """Raise UnsupportedError where experts' contributions depend on τ: they are computed at τ = 1, and weighed after."""
+    if family.weight_on_input and any(tau != 1.0 for tau in temperatures):
+        raise UnsupportedError("--temperature", "is part of this model's expert inputs", "leave it out")
 
 
 def _record(space: PruningSpace, results: LayerResults, progressive: bool, skip: bool) -> dict[str, Any]:

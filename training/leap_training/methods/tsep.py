@@ -38,6 +38,7 @@ from leap_serve.tasks.base import Item
 from leap_training.batches import collate, use_fast_experts, weighted_loss
 from leap_training.finetune import FinetuneConfig, in_order
 from leap_training.methods.blocks import BlockModel
+from leap_training.methods.states import other_search
 from leap_training.pruning_space import PruningSpace
 from leap_training.whole import replace_weights
 
@@ -262,10 +263,7 @@ class Tsep:
         with safe_open(path, "pt", device=str(self.model.device)) as file:
             for key, value in self.identity.items():
                 if note["of"].get(key) != value:
-                    raise UsageError(
-                        path, f"{key} is {note['of'].get(key)} there and {value} now",
-                        "repeat the same command to resume, or choose another --state",
-                    )  # fmt: skip
+                    raise other_search(path, key, note["of"].get(key), value)
             with torch.no_grad():
                 for name, value in self.tuned.items():
                     value.copy_(file.get_tensor(f"weight.{name}"))
