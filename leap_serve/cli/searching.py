@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli.console import progress_bar, say
 from leap_serve.cli.engines import LazyEngine, scoring_dtype
+from leap_serve.cli.layerwise import check_form
 from leap_serve.cli.search_view import search_view, tensorboard_writer
 from leap_serve.encoding import items_sha256
 from leap_serve.errors import UsageError
@@ -93,6 +94,9 @@ class Search:
 
     def run(self) -> dict[str, Found]:
         """Search every budget, in the order given and each warm-started by the one before; label → what was found."""
+        source = Checkpoint.open(resolve_model(self.model))
+        for space in self.spaces.values():
+            check_form(source, space, *([] if space.uniform else ["counts"]))
         with ExitStack() as stack:
             home = self.args.state or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             engine = stack.enter_context(LazyEngine(self.args.engine, self.model, scoring_dtype(self.args.dtype)))

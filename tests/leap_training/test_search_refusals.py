@@ -22,6 +22,7 @@ from leap_serve.plan import BaseModel, LayerPlan, Merge, Plan
 from leap_serve.search_flags import reads
 from leap_training.methods.blocks import BlockModel
 from leap_training.methods.moe_i2 import check_rank
+from profiles import simulate
 from synthetic import make, qwen_config, qwen_tensors
 
 E = 8
@@ -171,6 +172,22 @@ def test_a_plan_that_no_engine_would_serve(
     model = unserved(tmp_path)
     found = refusal(capsys, tmp_path / "plan.json", model, method, *flags)
     assert f"{model}: no engine serves DeepseekV2ForCausalLM (deepseek_v2) cut by a plan that {said}" in found
+
+
+@pytest.mark.parametrize(("method", "flags", "said"), [
+    ("leap", ["--allocation", "global"], "retains more experts in some layers than in others; retain equally many"),
+    ("evolution", ["--temperature", "2"], "has a router temperature other than 1; leave --temperature out"),
+    ("leap", ["--temperature", "search"], "has a router temperature other than 1; leave --temperature out"),
+])  # fmt: skip
+def test_a_plan_that_no_engine_would_serve_is_not_searched_in_the_engine_either(
+    method: str, flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = unserved(tmp_path)
+    source = Checkpoint.open(model)
+    routed = simulate(layers=len(source.moe_layers), experts=source.num_experts, top_k=source.top_k)
+    replace(routed, base=source.identity(), made_by={"model": str(model)}).save(tmp_path / "profile")
+    found = refusal(capsys, tmp_path / "plan.json", tmp_path / "profile", method, *flags)
+    assert f"no engine serves DeepseekV2ForCausalLM (deepseek_v2) cut by a plan that {said}" in found
 
 
 @pytest.mark.parametrize(
