@@ -113,11 +113,14 @@ class _Routing:
         """Make the weights below β times the token's highest 0, the others of the same sum iff they are normalised (NAEE)."""
         if self.layer.skip is None:
             return output
-        logits, weights, ids = output  # top_k above 1: not Llama 4
+        llama = len(output) == 2  # scores [T, E], 0 where an expert is not chosen, never normalised
+        weights = output[0] if llama else output[1]
         left = weights.masked_fill(weights < self.layer.skip * weights.amax(-1, keepdim=True), 0.0)
+        if llama:
+            return left, output[1]
         if self.family.sums_to_one(router):
             left = left * (weights.sum(-1, keepdim=True) / left.sum(-1, keepdim=True))
-        return logits, left, ids
+        return output[0], left, output[2]
 
 
 def _renumbered(output: tuple[torch.Tensor, ...], matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:
