@@ -58,7 +58,11 @@ def _uneven(stock: Any, checkpoint: Checkpoint, plan: Plan) -> Any:
             rows = plan.num_experts if layer.maps_router else len(layer.retained)
             _resize(router, rows)
             _resize(block.experts, len(layer.retained))
-            router.top_k = layer.top_k
+            for holder in (router, block):
+                if hasattr(holder, "top_k"):
+                    holder.top_k = layer.top_k
+            if hasattr(block, "num_experts"):
+                block.num_experts = len(layer.retained)
             router.temperature = layer.temperature
             if layer.temperature != 1.0 or layer.maps_router or layer.skip is not None:
                 routing = _Routing(checkpoint.family, layer, rows)

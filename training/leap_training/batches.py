@@ -71,7 +71,7 @@ def routed_llama4(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor,
     scores, logits = self.router(x)
     weights, chosen = scores.topk(self.top_k, -1)
     order = chosen.flatten().argsort(stable=True)
-    ends = torch.bincount(chosen.flatten(), minlength=len(self.experts.down_proj)).cumsum(0).int()
+    ends = torch.bincount(chosen.flatten(), minlength=self.num_experts).cumsum(0).int()
     source = order // self.top_k
     out = self.experts(x[source] * weights.flatten()[order, None], ends)
     return self.shared_expert(x).index_add(0, source, out), logits
