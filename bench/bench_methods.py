@@ -2,7 +2,7 @@
 
     python bench/bench_methods.py                              # plans as they were found, three tasks, 8 of 64
     python bench/bench_methods.py --tuning                     # and after the same short tuning, which rows name
-    python bench/bench_methods.py --model runs/llama4-tiny/model --tuning --methods full-model reap leap --experts 32 16 8 4
+    python bench/bench_methods.py --model bench/models/llama4-tiny --tuning --methods full-model reap leap --experts 32 16 8 4
 
 Each plan is made by `leap search --method` itself, run in this process with its default settings; profiles of 256
 training items by `leap profile`, with --channels where the model has them. It is cut, and the cut scored on test items in the engine that serves.

@@ -83,7 +83,7 @@ def llama4_scaling(rows: Rows) -> Table:
     return Table(
         "LEAP, table 3: Llama 4 Maverick, number of experts", f"{LLAMA4_FORM}; scores in % on test items. {LLAMA4_TIMES}",
         ["experts of 64", "method", "tuning", *TASKS, "TPOT, share", "FLOPs, share", "weights, share", *PAPER], body,
-        reason(body, 9, "no row in methods.jsonl: make llama4-tiny, then bench_methods.py --model runs/llama4-tiny/model"),
+        reason(body, 9, "no row in methods.jsonl: bench_methods.py --model bench/models/llama4-tiny"),
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from leap_serve.flops import parameters
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.statistics import mean_of_few
 
-TINY, LLAMA4 = "leap-tiny", "runs/llama4-tiny/model"
+TINY, LLAMA4 = "leap-tiny", "bench/models/llama4-tiny"
 TASKS, HARD = ("toy-code", "toy-gsm", "toy-xsum"), ("toy-gsm", 8)
 EXPERTS, BATCH, FEW, MOST_LABELS = (64, 32, 16, 8, 4), 16, 1000, 10_240
 EMPTY = "–"

@@ -136,7 +136,7 @@ def test_methods_stand_in_table_2_with_their_tuning_and_their_own_costs(tmp_path
 
 
 def test_the_model_of_llama_4s_form_has_tables_of_its_own(tmp_path: Path) -> None:
-    model = {"model": "runs/llama4-tiny/model"}
+    model = {"model": "bench/models/llama4-tiny"}
     rows = [methods_row("full-model", "toy-gsm", 0, 0.95, **model, weights_share=1.0) | {"experts": 64}]
     rows += [methods_row("leap", "toy-gsm", 0, 0.9, "400 steps, 1,000 items", **model)]
     tables = make(tmp_path, rows)
