@@ -86,6 +86,12 @@ def check_place(flag: str, folder: Path) -> None:
         raise UsageError(flag, f"is below {above}, where no file can be made", "choose another")
 
 
+def check_free(out: Path, force: bool = False, flag: str = "--out") -> None:
+    """Raise UsageError where a folder of this name would replace something that is not empty, unless ``force``."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
+        raise UsageError(out, "exists and is not empty", f"choose another {flag}, or pass --force to replace it")
+
+
 @contextlib.contextmanager
 def new_folder(out: Path, force: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of ``out`` that takes its name when the block ends without an error.
@@ -93,8 +99,7 @@ def new_folder(out: Path, force: bool = False) -> Iterator[Path]:
     A non-empty ``out`` is refused unless ``force``; then it is replaced, and only at the end. A run
     that is killed leaves nothing under the name ``out``; its leftovers are removed by the next run.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
-        raise UsageError(out, "exists and is not empty", "choose another --out, or pass --force to replace it")
+    check_free(out, force)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

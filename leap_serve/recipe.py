@@ -129,10 +129,12 @@ class Recipe:
         profile, plan, cut, tuned, plain = (
             str(out / name) for name in ("profile", "plan.json", "checkpoint", "tuned", "plain")
         )
+        # It reads weights alone, and says so where it is given a profile.
+        searched = self.model if self.stages.get(SEARCH, {}).get("method") == "magnitude" else profile
         made = plain if "export" in self.stages else tuned if "tune" in self.stages else cut
         fixed: dict[str, tuple[list[str], str | None]] = {
             "profile": ([self.model, *source, "--out", profile, "--force"], "profile"),
-            "search": ([profile, "--out", plan, "--force", *(source if self.task else [])], "plan.json"),
+            "search": ([searched, "--out", plan, "--force", *(source if self.task else [])], "plan.json"),
             "cut": ([self.model, plan, "--out", cut, "--force"], "checkpoint"),
             "verify": ([cut, "--base", self.model], None),
             "tune": ([cut, *source, "--out", tuned, "--force"], "tuned"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli.console import progress_bar
-from leap_serve.cli.layerwise import base_of
+from leap_serve.cli.layerwise import base_of, other_base
 from leap_serve.cut.rules import beyond_stock, check_served
 from leap_serve.errors import UsageError
 from leap_serve.flops import flops_per_token, parameters
@@ -76,7 +76,7 @@ def _intra(args: argparse.Namespace, profile: Profile, checkpoint: Checkpoint, s
     from leap_training.methods.intra import intra
 
     base = _base(args, profile, checkpoint)
-    check_served(checkpoint, beyond_stock(base))
+    check_served(checkpoint, beyond_stock(base), other_base(args.on))
     on = {"on": str(args.on)} if args.on else {}
     found = {}
     for label, size in sizes.items():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli.console import noted_bar, progress_bar
 from leap_serve.cli.engines import scoring_dtype
-from leap_serve.cut.rules import beyond_stock, check_served
+from leap_serve.cut.rules import beyond_stock, check_served, check_untuned
 from leap_serve.encoding import items_sha256
 from leap_serve.engine import Progress
 from leap_serve.engines.subsets import check_plans
@@ -78,6 +78,7 @@ def model_behind(args: argparse.Namespace, source: Profile | Checkpoint) -> tupl
     assert isinstance(checkpoint, Checkpoint)
     if isinstance(source, Checkpoint) and checkpoint.folder.resolve() != source.folder.resolve():
         raise UsageError("--model", f"is {checkpoint.folder}, and the source is {source.folder}", "leave --model out")
+    check_untuned(checkpoint)
     routing = Routing.of(checkpoint)
     if isinstance(source, Profile) and source.base.sha256 != routing.base.sha256:
         raise UsageError(args.source, f"is not a profile of {checkpoint.folder}", "give --model, or the right profile")
@@ -107,6 +108,11 @@ def base_of(path: Path, checkpoint: Checkpoint, identity: BaseModel) -> Plan:
     except LeapError as error:
         raise type(error)(path if error.where == "plan 0" else error.where, error.what, error.remedy) from None
     return base
+
+
+def other_base(on: Path | None) -> str | None:
+    """What there is to do about the form of a plan that --on gave, whose flags are not the command's; None without one."""
+    return None if on is None else f"give another plan than {on}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,10 +217,11 @@ class _Job:
         config.check()
         base = self._base()
         check_top_k(base)
-        check_temperatures(self.checkpoint.family, [layer.temperature for layer in base.layers.values()])
+        temperatures = [layer.temperature for layer in base.layers.values()]
+        check_temperatures(self.checkpoint.family, temperatures, args.on)
         totals = {label: active_budget(base, config.k_min, **size) for label, size in sizes.items()}
         kept = [form for form in beyond_stock(base) if form != "top_k"]
-        check_served(self.checkpoint, kept)
+        check_served(self.checkpoint, kept, other_base(args.on))
         if not all(comes_even(base, total, config.k_min) for total in totals.values()):
             check_served(self.checkpoint, ["top_k"], "choose another --method, or a smaller --top-k with it")
         model = self._model()

@@ -9,6 +9,7 @@ from typing import Any
 
 from leap_serve.cli.console import progress_bar, table
 from leap_serve.cli.engines import open_engine
+from leap_serve.cut.write import check_destination
 from leap_serve.errors import UsageError
 from leap_serve.files import new_folder
 from leap_serve.profile import Profile
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Profile, write the folder, and show how the experts were used."""
     items = _items(args)
+    check_destination(Path(args.model), args.out)
     # Opened first, so that a folder that may not be replaced is refused before the model is loaded.
     with new_folder(args.out, args.force) as folder:
         profile = _profile(args, items)

@@ -10,6 +10,7 @@ from typing import Any
 from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli import channelwise, layerwise, taskwise
 from leap_serve.cli.console import progress_bar, say, table
+from leap_serve.cut.write import check_destination
 from leap_serve.errors import UsageError
 from leap_serve.files import check_place, new_folder, write_json
 from leap_serve.plan import Plan
@@ -287,6 +288,9 @@ def _check_out(args: argparse.Namespace, budgets: int) -> None:
         raise UsageError(args.out, "is a folder", "give the name of a file, e.g. plan.json")
     if args.out.exists() and not args.force and (budgets == 1 or args.out.is_file() or any(args.out.iterdir())):
         raise UsageError(args.out, "exists", "choose another --out, or pass --force to replace it")
+    if budgets > 1:
+        for given in filter(None, (args.source, args.model)):
+            check_destination(Path(given), args.out)
 
 
 def _one_shot(args: argparse.Namespace, source: Profile | Checkpoint, size: dict[str, Any]) -> Plan:

@@ -59,12 +59,15 @@ def _tsep(
     from leap_training.finetune import ITEMS, STEPS, FinetuneConfig
     from leap_training.methods.blocks import BlockModel
     from leap_training.methods.tsep import Tsep, TsepConfig, check_space
+    from leap_training.whole import check_writable
 
     tuning = FinetuneConfig(items=args.train_items or ITEMS, steps=args.steps or STEPS, seed=args.seed)
     config = TsepConfig(tuning)
     config.check()
     check_space(space)
     check_form(checkpoint, space)
+    if args.tuned is not None:
+        check_writable(checkpoint, args.tuned, args.force, "leave --tuned out", "--tuned")
     items = load_task(args.task).items("train", tuning.items, args.seed)
     identity = {
         "method": "tsep", "model": space.routing.base.sha256, "data": items_sha256(items), "experts": space.cap,
@@ -123,7 +126,5 @@ def _check(args: argparse.Namespace, sizes: int) -> None:
         raise UsageError("--temperature", f"{where} does not search it", "give one value")
     if args.tuned is not None and sizes > 1:
         raise UsageError("--tuned", "is for one budget", "give one --budget")
-    if args.tuned is not None and args.tuned.exists() and any(args.tuned.iterdir()) and not args.force:
-        raise UsageError(args.tuned, "exists and is not empty", "choose another folder, or pass --force to replace it")
     if args.items < 1 or args.episodes < 1 or min(args.steps or 1, args.train_items or 1) < 1:
         raise UsageError("--items, --episodes, --steps, --train-items", "are below 1", "give 1 or more")

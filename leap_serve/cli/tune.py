@@ -13,7 +13,7 @@ from leap_serve.checkpoint import Checkpoint, resolve_model
 from leap_serve.cli.console import noted_bar, say, table
 from leap_serve.cut.write import check_destination
 from leap_serve.errors import UsageError
-from leap_serve.files import check_place, new_folder
+from leap_serve.files import check_free, check_place, new_folder
 from leap_serve.tasks.base import Item, Task, fingerprint
 from leap_serve.tasks.registry import NAMES, PUBLISHED, items_from_file, load_task
 from leap_serve.tasks.rows import MissingSplitError
@@ -189,8 +189,7 @@ def _source(args: argparse.Namespace) -> Path:
     if args.out is not None:
         check_place("--out", args.out)
         check_destination(folder, args.out)
-        if args.out.exists() and any(args.out.iterdir()) and not args.force:
-            raise UsageError(args.out, "exists and is not empty", "choose another --out, or pass --force to replace it")
+        check_free(args.out, args.force)
     return folder
 
 

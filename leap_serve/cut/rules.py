@@ -32,12 +32,17 @@ def open_source(model: Path) -> Checkpoint:
         check_experts(source)
         return source
     check_cut(source)
+    check_untuned(source)
+    return source
+
+
+def check_untuned(source: Checkpoint) -> None:
+    """Raise UnsupportedError where tuned parts lie beside the weights: what is cut from these, or tuned, would lose them."""
     if source.overlays:
         raise UnsupportedError(
             source.overlays[0], "is tuned for the experts of this cut and would not fit another",
             "merge it with leap export first, or cut the model before it is tuned",
         )  # fmt: skip
-    return source
 
 
 def fit(source: Checkpoint, plan: Plan) -> tuple[Plan, Retained]:

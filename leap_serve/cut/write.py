@@ -137,13 +137,13 @@ def whole_folder(out: Path, force: bool, needed: int) -> Iterator[Path]:
         ) from None
 
 
-def check_destination(model: Path, out: Path) -> None:
-    """Raise UsageError where writing ``out`` would touch the model."""
+def check_destination(model: Path, out: Path, flag: str = "--out") -> None:
+    """Raise UsageError where writing ``out``, which ``flag`` gave, would touch the model."""
     source, target = model.resolve(), out.resolve()
     if target == source or source in target.parents:
-        raise UsageError(out, f"lies in the source {model}, which is never written to", "choose another --out")
+        raise UsageError(out, f"lies in the source {model}, which is never written to", f"choose another {flag}")
     if target in source.parents:
-        raise UsageError(out, f"holds the source {model}, which would be replaced", "choose another --out")
+        raise UsageError(out, f"holds the source {model}, which would be replaced", f"choose another {flag}")
 
 
 def check_space(out: Path, needed: int) -> None:

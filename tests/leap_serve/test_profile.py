@@ -57,6 +57,21 @@ def test_a_folder_is_replaced_only_by_force(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["prof"]
 
 
+@pytest.mark.parametrize("place", ["given", "given/in", "."])
+@pytest.mark.parametrize("verb", ["profile", "search"])
+def test_what_a_command_reads_is_not_replaced_by_what_it_writes(
+    verb: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, out = tmp_path / "given", tmp_path / place
+    simulate().save(given)
+    # Neither model nor profile is looked into before; several budgets leave a folder.
+    flags = ["--task", "toy-gsm"] if verb == "profile" else ["--method", "reap", "--experts", "2", "3"]
+    assert main([verb, str(given), *flags, "-o", str(out), "--force"]) == 2
+    said = "holds the source" if place == "." else "lies in the source"
+    assert f"{out}: {said} {given}" in capsys.readouterr().err
+    assert sorted(path.name for path in given.iterdir()) == ["profile.json", "profile.safetensors"]
+
+
 HEADER_DAMAGE: dict[str, tuple[Edit, str]] = {
     "version": (lambda h: h.update(format_version=3), "format_version is 3"),
     "another model's tensors": (lambda h: h.update(tensors_sha256="0" * 64), "is not the file"),

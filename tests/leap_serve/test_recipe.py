@@ -47,6 +47,14 @@ def test_a_recipe_becomes_verbs(tmp_path: Path) -> None:
     assert "--batch 1 2" in " ".join(stages[4].argv)
 
 
+def test_a_search_that_reads_weights_gets_the_model(tmp_path: Path) -> None:
+    for method, source in (("magnitude", "leap-tiny"), ("reap", "out/profile")):
+        stages = Recipe.load(write(tmp_path, GOOD.replace("method: reap", f"method: {method}"))).plan_of_work(
+            Path("out")
+        )
+        assert stages[1].argv[:2] == ("search", source)
+
+
 def test_an_agents_search_gets_its_task_and_a_state_of_its_own(tmp_path: Path) -> None:
     text = GOOD.replace("method: reap", "method: leap")
     search = Recipe.load(write(tmp_path, text)).plan_of_work(Path("out"))[1]

@@ -159,7 +159,9 @@ def test_a_candidate_that_only_prunes_is_an_ordinary_plan_with_the_same_loss(
     assert loss == pytest.approx(-sum(s.logprob for s in scores) / sum(s.tokens for s in scores), rel=1e-4)
     nothing = "phase 2 found no merge with a lower loss: the experts are pruned, and none is merged"
     assert nothing in plan.made_by["notices"]
-    assert nothing in plan_of(candidate, space, renormalises=False).made_by["notices"]
+    mapped = plan_of(candidate, space, renormalises=False).made_by
+    assert mapped["notices"] == ["the router is mapped: served with leap-serve's architecture only", nothing]
+    assert mapped["merged"] is plan.made_by["merged"] is False
     assert not plan_of(candidate, space, renormalises=False).is_masking, "without renormalising a mask is another thing"
 
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from families import make_checkpoint
+from leap_serve.adapter import RouterHead, write_overlays
 from leap_serve.checkpoint import Checkpoint, read_bytes
 from leap_serve.cli import main
 from leap_serve.cut.verify import verify
@@ -18,8 +20,10 @@ from leap_serve.errors import CheckpointError, UnsupportedError
 from leap_serve.plan import Plan
 from leap_serve.tasks.registry import load_task
 from leap_training.finetune import FinetuneConfig, finetune
+from leap_training.finetune import main as run_finetune
 from leap_training.tune import Tuner
 from parity import merging_plan, uneven_plan
+from synthetic import make, qwen_config, qwen_tensors
 from tiny_tokenizer import add_tokenizer
 from tune_runs import DATA, SMALL
 
@@ -73,6 +77,59 @@ def test_leap_tune_refuses_what_its_routing_agent_cannot_be(tmp_path: Path) -> N
         cut(whole, planned(form, whole), tmp_path / form)
         with pytest.raises(UnsupportedError, match=words):
             Tuner(tmp_path / form, DATA, config)
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was loaded to be trained; nothing is."""
+    loaded: list[str] = []
+    monkeypatch.setattr("leap_training.finetune.load_model", lambda source, _dtype: loaded.append(source.folder.name))
+    return loaded
+
+
+def test_what_could_not_be_written_is_refused_before_it_is_loaded(
+    trained: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = add_tokenizer(make_checkpoint("qwen3_moe", tmp_path / "whole", dtype="bfloat16"))
+    packed = {n: ("F8_E4M3" if ".mlp.experts." in n else kind, shape) for n, (kind, shape) in qwen_tensors().items()}
+    make(tmp_path / "packed", packed, qwen_config())
+    cut(whole, uneven_plan(whole), tmp_path / "tuned")
+    source = Checkpoint.open(tmp_path / "tuned")
+    head = RouterHead(torch.zeros(source.experts_in(1), int(source.config["hidden_size"])), None)
+    write_overlays(tmp_path / "tuned", router_head={1: head}, adapter=None, made_by={})
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("mine")
+    for name, out, flags, status, words in (
+        ("whole", "there", [], 2, "there: exists and is not empty; choose another --out, or pass --force to replace it"),
+        ("whole", "whole", ["--force"], 2, "lies in the source"),
+        ("whole", "whole/in", [], 2, "lies in the source"),
+        ("packed", "out", [], 1, "packed: is quantised (model.layers.0.mlp.experts."),
+        ("tuned", "out", [], 1, "is tuned for the experts of this cut and would not fit another; merge it with leap export"),
+    ):  # fmt: skip
+        line = [str(tmp_path / name), "--task", "toy-gsm", "--out", str(tmp_path / out), *flags]
+        monkeypatch.setattr("sys.argv", ["finetune", *line])
+        with pytest.raises(SystemExit) as ended:
+            run_finetune()
+        assert (ended.value.code, words in capsys.readouterr().err) == (status, True), words
+    assert (tmp_path / "there" / "file").read_text() == "mine" and trained == []
+    assert (
+        main(
+            [
+                "search",
+                str(tmp_path / "tuned"),
+                "--method",
+                "naee",
+                "--experts",
+                "2",
+                "--task",
+                "toy-gsm",
+                "-o",
+                str(tmp_path / "p.json"),
+            ]
+        )
+        == 1
+    )
+    assert "merge it with leap export first" in capsys.readouterr().err and not (tmp_path / "p.json").exists()
 
 
 def test_a_full_model_keeps_its_config_and_names(tmp_path: Path) -> None:

@@ -124,9 +124,11 @@ def test_noise_on_inputs_that_hang_on_the_temperature(tmp_path: Path, capsys: py
     model, flags = make_checkpoint("llama4_text", tmp_path / "m", num_experts_per_tok=2), ["--budget", "0.75"]
     base = plan_of(model, temperature=2.0)
     base.save(tmp_path / "base.json")
-    for more in (["--temperature", "3"], ["--on", str(tmp_path / "base.json")]):
-        said = refusal(capsys, tmp_path / "plan.json", model, "lexi", *flags, *more)
-        assert said == "leap search: --temperature: is part of this model's expert inputs; leave it out"
+    said = refusal(capsys, tmp_path / "plan.json", model, "lexi", *flags, "--temperature", "3")
+    assert said == "leap search: --temperature: is part of this model's expert inputs; leave it out"
+    said = refusal(capsys, tmp_path / "plan.json", model, "lexi", *flags, "--on", str(tmp_path / "base.json"))
+    what = "has a router temperature other than 1, which is part of this model's expert inputs"
+    assert said == f"leap search: {tmp_path / 'base.json'}: {what}; give another plan"
     assert "transformers refuses it" in refusal(capsys, tmp_path / "plan.json", model, "lexi", *flags)
 
 
@@ -172,6 +174,28 @@ def test_a_plan_that_no_engine_would_serve(
     model = unserved(tmp_path)
     found = refusal(capsys, tmp_path / "plan.json", model, method, *flags)
     assert f"{model}: no engine serves DeepseekV2ForCausalLM (deepseek_v2) cut by a plan that {said}" in found
+
+
+def test_the_form_of_a_plan_that_was_given_is_mended_by_another_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, base = unserved(tmp_path), tmp_path / "base.json"
+    plan_of(model, temperature=2.0).save(base)
+    said = refusal(capsys, tmp_path / "plan.json", model, "lexi", "--budget", "0.5", "--on", str(base))
+    assert said.endswith(f"cut by a plan that has a router temperature other than 1; give another plan than {base}")
+
+
+@pytest.mark.parametrize("place", ["tuned", "m"])
+def test_tuned_weights_that_could_not_be_written(
+    place: str, loading: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = {n: ("F8_E4M3" if ".mlp.experts." in n else kind, shape) for n, (kind, shape) in qwen_tensors().items()}
+    model = make(tmp_path / "m", tensors, qwen_config())
+    assert loading in refusal(capsys, tmp_path / "plan.json", model, "tsep")
+    flags, status = ["--tuned", str(tmp_path / place), "--force"], 2 if place == "m" else 1
+    said = ended(capsys, tmp_path / "plan.json", model, "tsep", *flags, status=status)[1]
+    assert ("is quantised (" in said and said.endswith("; leave --tuned out")) is (place == "tuned")
+    assert ("lies in the source" in said) is (place == "m")
 
 
 @pytest.mark.parametrize(("method", "flags", "said"), [

@@ -156,6 +156,17 @@ def test_the_command(
                         (["--task", "toy-gsm", "--tuned", __file__], "is a file")):  # fmt: skip
         assert main([*command, *flags]) == 2
         assert said in capsys.readouterr().err and not out.exists()
+    # Its own model is never replaced, whatever --force says.
+    folder = model.checkpoint.folder
+    for place, said in (
+        (folder, "lies in the source"),
+        (folder / "in", "lies in the source"),
+        (folder.parent, "holds the source"),
+    ):
+        assert main([*command, "--task", "toy-gsm", "--tuned", str(place), "--force"]) == 2
+        err = capsys.readouterr().err
+        assert f"{place}: {said}" in err and err.endswith("choose another --tuned\n") and not out.exists()
+    assert Checkpoint.open(folder).identity() == model.checkpoint.identity()
     tuned = tmp_path / "tuned"
     more = ["--task", "toy-gsm", "--steps", "2", "--train-items", "2", "--tuned", str(tuned)]
     assert main([*command, *more]) == 0

@@ -20,12 +20,14 @@ import torch
 from transformers import AutoTokenizer
 
 from leap_serve.checkpoint import Checkpoint
+from leap_serve.cut.rules import check_untuned
 from leap_serve.engines.torch_cut import load_model
+from leap_serve.errors import LeapError, UsageError
 from leap_serve.provenance import made_by
 from leap_serve.tasks.base import Item
 from leap_serve.tasks.registry import load_task
 from leap_training.batches import Batch, collate, use_fast_experts, weighted_loss
-from leap_training.whole import write_whole
+from leap_training.whole import check_writable, write_whole
 
 REPORT = "finetune.json"
 ITEMS = 1000
@@ -55,9 +57,13 @@ def finetune(
     """Tune the experts and routers of a checkpoint and write it, whole, to ``out``; return the losses.
 
     A cut may be of any plan that transformers holds (engines.torch_cut): uneven, merged, skipping. Its router map and β stay.
+    Raises LeapError, before anything is loaded, where it was tuned already or could not be written to ``out``.
     """
+    source = Checkpoint.open(folder)
+    check_untuned(source)
+    check_writable(source, out, force, "let leap tune leave adapters beside a cut of it")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = load_model(Checkpoint.open(folder), torch.float32)
+    model = load_model(source, torch.float32)
     use_fast_experts(model)
     routers = (".gate.weight", ".router.weight")
     tuned = [p for name, p in model.named_parameters() if ".experts." in name or name.endswith(routers)]
@@ -115,8 +121,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--force", action="store_true", help="replace what is at --out")
     args = parser.parse_args()
-    losses = finetune(args.checkpoint, args.task, args.out, FinetuneConfig(steps=args.steps, seed=args.seed))
+    config = FinetuneConfig(steps=args.steps, seed=args.seed)
+    try:
+        losses = finetune(args.checkpoint, args.task, args.out, config, force=args.force)
+    except LeapError as error:
+        parser.exit(2 if isinstance(error, UsageError) else 1, f"{parser.prog}: {error}\n")
     print(json.dumps({"first": losses[0], "last": sum(losses[-20:]) / len(losses[-20:])}))
 
 

@@ -25,7 +25,6 @@ from leap_serve.checkpoint import Checkpoint
 from leap_serve.engines.torch_cut import load_model
 from leap_serve.errors import LeapError, UnsupportedError, UsageError
 from leap_serve.tasks.base import Item
-from leap_serve.weights.overlays import MERGEABLE
 from leap_training.active_learning import Pool, collect
 from leap_training.adapters import wrap
 from leap_training.batches import Batch, collate, token_losses, use_fast_experts
@@ -35,6 +34,7 @@ from leap_training.routing_agent import RoutingAgent, collect_rollout, improve
 from leap_training.search_state import below
 from leap_training.tune_config import RATE_AT_WIDTH_1, TuneConfig, TuneData
 from leap_training.tune_state import copy_into, load_optimizer, optimizer_tensors, read_state, write_state
+from leap_training.whole import check_unpacked
 
 Report = Callable[[int, int, str], None]
 """Called with (done, in all, what): ticks of the run or, while a batch of labels is chosen, prompts that are scored."""
@@ -80,7 +80,7 @@ class Tuner:
         self.checkpoint = Checkpoint.open(folder)
         self._check_routed()
         if config.experts == "full":
-            self._check_unpacked()
+            check_unpacked(self.checkpoint, "tune it without --baseline")
         self.pool = Pool(data.pool, data.tests)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         base: Any = load_model(self.checkpoint, getattr(torch, config.dtype)).to(self.accelerator.device)
@@ -125,13 +125,6 @@ class Tuner:
             if self.config.router.latency_coef and (layer.maps_router or layer.skip is not None):
                 what = f"layer {index} merges or skips experts, so what a token chooses is not what it reads"
                 raise UnsupportedError("--latency-coef", what, "leave it out")
-
-    def _check_unpacked(self) -> None:
-        """Refuse, before the run, to tune weights that could not be written back as the cut holds them."""
-        for name, entry in self.checkpoint.tensors.items():
-            if self.checkpoint.role(name).kind != "other" and entry.dtype not in MERGEABLE:
-                what = f"is quantised ({name} is {entry.dtype}), and tuned whole weights are written as the cut's are"
-                raise UnsupportedError(self.checkpoint.folder, what, "tune it without --baseline")
 
     @property
     def tuned(self) -> dict[str, torch.Tensor]:

@@ -14,12 +14,30 @@ from safetensors import safe_open
 
 from leap_serve.adapter import plain_name
 from leap_serve.checkpoint import INDEX, MANIFEST, Checkpoint, check_cut
-from leap_serve.cut.write import MAX_SHARD_BYTES, copy_others, whole_folder
-from leap_serve.errors import LeapError
-from leap_serve.files import write_json
+from leap_serve.cut.write import MAX_SHARD_BYTES, check_destination, copy_others, whole_folder
+from leap_serve.errors import LeapError, UnsupportedError
+from leap_serve.files import check_free, write_json
 from leap_serve.provenance import made_by
 
 DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def check_writable(source: Checkpoint, out: Path, force: bool, remedy: str, flag: str = "--out") -> None:
+    """Raise LeapError, before any training, where what comes of ``source`` could not be written to ``out``.
+
+    The folder is the source's or not empty, or the weights are quantised (:func:`check_unpacked`, whose ``remedy`` this is).
+    """
+    check_destination(source.folder, out, flag)
+    check_free(out, force, flag)
+    check_unpacked(source, remedy)
+
+
+def check_unpacked(source: Checkpoint, remedy: str) -> None:
+    """Raise UnsupportedError where tuned experts or routers could not be written as the source holds them."""
+    for name, entry in source.tensors.items():
+        if source.role(name).kind != "other" and entry.dtype not in DTYPES:
+            what = f"is quantised ({name} is {entry.dtype}), and tuned whole weights are written as the source's are"
+            raise UnsupportedError(source.folder, what, remedy)
 
 
 def write_whole(model: Any, source: Path, out: Path, report: tuple[str, Mapping[str, Any]], force: bool) -> None:

@@ -249,7 +249,8 @@ def renormalises(model: BlockModel) -> bool:
 def plan_of(best: Candidate, space: PruningSpace, renormalises: bool, **provenance: Any) -> Plan:
     """Return the plan of a candidate: an ordinary one where it only prunes and masking says the same."""
     layers = {}
-    plain = renormalises and all(map(_prunes, best.experts, best.router))
+    pruned = all(map(_prunes, best.experts, best.router))
+    plain = renormalises and pruned
     for index, k, experts, router in zip(space.layers, space.top_k, best.experts, best.router, strict=True):
         names, order = _names(experts)
         experts, router = experts[order], router[order]
@@ -258,10 +259,11 @@ def plan_of(best: Candidate, space: PruningSpace, renormalises: bool, **provenan
             continue
         merge = Merge(_rows(experts), _rows(router))
         layers[index] = LayerPlan(names, k, merge=merge)
-    notices = [] if plain else ["experts are merged and the router mapped: served with leap-serve's architecture only"]
-    if all(map(_prunes, best.experts, best.router)):
+    does = "the router is mapped" if pruned else "experts are merged and the router mapped"
+    notices = [] if plain else [f"{does}: served with leap-serve's architecture only"]
+    if pruned:
         notices.append("phase 2 found no merge with a lower loss: the experts are pruned, and none is merged")
-    record = made_by(method="eep", notices=[*notices, *space.notices], merged=not plain, **provenance)
+    record = made_by(method="eep", notices=[*notices, *space.notices], merged=not pruned, **provenance)
     return Plan(space.routing.base, space.routing.num_experts, layers, made_by=record)
 
 

@@ -322,8 +322,9 @@ class _Search:
         """Yield the layers (or groups) that have no such result yet; all of them count as progress."""
         steps_in_all = 2 * len(self.space.layers) + math.ceil(len(self.space.layers) / GROUP)
         for step in steps:
-            first = step if isinstance(step, int) else step[0]
-            if key not in (self.results.get(first) or {}):
+            # A group's results are written layer by layer, so that a kill may leave the first of them alone.
+            members = (step,) if isinstance(step, int) else step
+            if any(key not in (self.results.get(index) or {}) for index in members):
                 yield step
             self.done += 1
             if self.progress is not None:

@@ -199,9 +199,15 @@ def check_space(space: PruningSpace, family: Family, skip: bool = False) -> None
         raise UnsupportedError("--skip", "every token uses one expert, so there is none to skip", "leave it out")
 
 
-def check_temperatures(family: Family, temperatures: Iterable[float]) -> None:
-    """Raise UnsupportedError where experts' contributions depend on τ: they are computed at τ = 1, and weighed after."""
+def check_temperatures(family: Family, temperatures: Iterable[float], on: Path | None = None) -> None:
+    """Raise UnsupportedError where experts' contributions depend on τ: they are computed at τ = 1, and weighed after.
+
+    ``on``: the plan that τ comes from, where it is not --temperature.
+    """
     if family.weight_on_input and any(tau != 1.0 for tau in temperatures):
+        if on is not None:
+            what = "has a router temperature other than 1, which is part of this model's expert inputs"
+            raise UnsupportedError(on, what, "give another plan")
         raise UnsupportedError("--temperature", "is part of this model's expert inputs", "leave it out")
 
 
