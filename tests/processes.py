@@ -12,6 +12,9 @@ SERVER_ENV = {
 """For every server that a test starts: no usage reports, a small KV cache, no threads that wait for each other, and the
 log level that an engine opened in the test process may have lowered."""
 
+WAIT_S = 180.0
+"""How long an ending may take, at most: seconds on a quiet machine, and no test measures them."""
+
 
 def children_of(pid: int) -> set[int]:
     """All descendants that live now."""
@@ -30,7 +33,7 @@ def children_of(pid: int) -> set[int]:
 
 def assert_all_gone(pids: set[int], port: int | None = None) -> None:
     """Wait a little for processes to end, and check that a port is free again."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + WAIT_S
     while (left := {pid for pid in pids if state_of(pid) not in ("", "Z")}) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left

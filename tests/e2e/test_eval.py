@@ -32,7 +32,7 @@ from leap_serve.server.launch import Server
 from leap_serve.tasks.chat import INSTRUCTION
 from leap_serve.tasks.registry import load_task
 from leap_serve.tasks.text import Text
-from processes import SERVER_ENV
+from processes import SERVER_ENV, WAIT_S
 from proxy import Proxy, proxy_before
 
 pytestmark = pytest.mark.e2e
@@ -190,7 +190,7 @@ def test_ctrl_c_does_not_wait_for_a_server_that_stalls(proxy: Proxy, tmp_path: P
                 assert running.poll() is None and time.monotonic() < deadline
                 time.sleep(0.01)
             running.send_signal(signal.SIGINT)
-            said, _ = running.communicate(timeout=60)
+            said, _ = running.communicate(timeout=WAIT_S)
         finally:
             running.kill()
     assert running.returncode == 130 and said.decode().strip() == "leap eval: interrupted"

@@ -20,7 +20,7 @@ import pytest
 from leap_serve.errors import LeapError
 from leap_serve.plan import Plan
 from leap_serve.server.launch import Server
-from processes import SERVER_ENV, assert_all_gone, children_of
+from processes import SERVER_ENV, WAIT_S, assert_all_gone, children_of
 
 pytestmark = pytest.mark.e2e
 QUESTION = "Tom has 3 apples and buys 4 more. How many apples does Tom have now?"
@@ -132,12 +132,16 @@ def test_an_uneven_cut_behind_a_key_until_sigterm(uneven_cut: Path) -> None:
         line = re.search(r"^  (curl .+)$", server.log, re.MULTILINE)
         assert line is not None
         typed = subprocess.run(
-            ["bash", "-c", line[1]], env={**os.environ, "KEY": "sk-right"}, capture_output=True, timeout=60, check=True
+            ["bash", "-c", line[1]],
+            env={**os.environ, "KEY": "sk-right"},
+            capture_output=True,
+            timeout=WAIT_S,
+            check=True,
         )
         assert json.loads(typed.stdout)["choices"][0]["finish_reason"] in ("stop", "length")
         children, port = children_of(server.pid), int(server.url.rpartition(":")[2])
         assert children
-        assert server.stop(signal.SIGTERM) == 0
+        assert server.stop(signal.SIGTERM, WAIT_S) == 0
         assert_all_gone(children, port)
 
 
@@ -150,7 +154,7 @@ def test_ctrl_c_in_the_middle_of_an_answer(uneven_cut: Path) -> None:
         next(iter(stream))
         # A terminal sends Ctrl-C to the whole process group.
         os.killpg(server.pid, signal.SIGINT)
-        assert server.wait(60) == 0
+        assert server.wait(WAIT_S) == 0
         assert_all_gone(children, port)
         assert json.dumps({"url": server.url, "model": "leap-tiny-uneven"}) in server.log.splitlines()
 
@@ -161,7 +165,7 @@ def test_a_dead_engine_ends_the_server_with_an_error(family_checkpoint: Callable
         children, port = children_of(server.pid), int(server.url.rpartition(":")[2])
         (engine,) = [pid for pid in children if b"EngineCor" in Path(f"/proc/{pid}/comm").read_bytes()]
         os.kill(engine, signal.SIGKILL)
-        assert server.wait(60) == 1
+        assert server.wait(WAIT_S) == 1
         assert "the engine died while serving" in server.log
         assert_all_gone(children, port)
 
@@ -179,7 +183,7 @@ def test_sigterm_while_loading_leaves_nothing_behind(leap_tiny: Path) -> None:
         children = children_of(process.pid)
         assert children
         process.terminate()
-        rest, _ = process.communicate(timeout=60)
+        rest, _ = process.communicate(timeout=WAIT_S)
         assert process.returncode == 130
         assert b"leap serve: interrupted" in rest
         assert_all_gone(children)
