@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from leap_serve.architectures import text_config
-from leap_serve.checkpoint import Checkpoint, width_of
+from leap_serve.checkpoint import Checkpoint, router_tail, width_of
 from leap_serve.plan import Plan
 from leap_serve.weights.tensorfile import TensorEntry
 
@@ -43,6 +43,7 @@ def parameters(
     total, active, matmul = Fraction(0), Fraction(0), Fraction(0)
     ruling = plan or checkpoint.plan
     mapped = {layer for layer, planned in ruling.layers.items() if planned.maps_router} if ruling else set()
+    heads = checkpoint.head_tails()
     tied = not any(name.endswith("lm_head.weight") for name in checkpoint.tensors)
     for name, entry in checkpoint.tensors.items():
         if _SIDE.search(name):
@@ -54,8 +55,10 @@ def parameters(
             held = checkpoint.experts_in(role.layer)
             kept, top_k = _kept(checkpoint, plan, role.layer)
             if role.kind == "router":
-                # A router that maps its rows to the retained slots keeps them all, and each needs its product.
-                size *= 1 if role.layer in mapped else Fraction(kept, held)
+                # A router that maps its rows to the retained slots keeps them all, and each needs its product; of a
+                # router of several layers only the last one has a row per expert.
+                head = router_tail(checkpoint.family, name) in heads[role.layer]
+                size *= Fraction(kept, held) if head and role.layer not in mapped else 1
                 used = size
             else:
                 size *= Fraction(kept, held) * _narrowed(checkpoint, plan, role.layer)
@@ -89,6 +92,9 @@ def _kept(checkpoint: Checkpoint, plan: Plan | None, layer: int) -> tuple[int, i
     plan = plan or checkpoint.plan
     if plan is not None and layer in plan.layers:
         return len(plan.layers[layer].retained), plan.layers[layer].top_k
+    if plan is not None and layer in checkpoint.mtp_layers:
+        last = plan.layers[checkpoint.moe_layers[-1]]  # as the cut does
+        return len(last.retained), last.top_k
     held = checkpoint.experts_in(layer)
     return held, min(held, checkpoint.top_k)
 

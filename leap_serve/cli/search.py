@@ -288,9 +288,32 @@ def _check_out(args: argparse.Namespace, budgets: int) -> None:
         raise UsageError(args.out, "is a folder", "give the name of a file, e.g. plan.json")
     if args.out.exists() and not args.force and (budgets == 1 or args.out.is_file() or any(args.out.iterdir())):
         raise UsageError(args.out, "exists", "choose another --out, or pass --force to replace it")
+    if args.save_policy is not None:
+        check_place("--save-policy", args.save_policy.absolute().parent)
+        if args.save_policy.is_dir():
+            raise UsageError("--save-policy", f"{args.save_policy} is a folder", "give the name of a file")
+    _keep_sources(args, budgets)
+
+
+def _keep_sources(args: argparse.Namespace, budgets: int) -> None:
+    """Refuse to replace what the search reads, or the state that it leaves."""
+    sources, out = [Path(given) for given in (args.source, args.model) if given], args.out.resolve()
     if budgets > 1:
-        for given in filter(None, (args.source, args.model)):
-            check_destination(Path(given), args.out)
+        for given in sources:
+            check_destination(given, args.out)
+        if args.state is not None:
+            state = args.state.resolve()
+            if state == out or out in state.parents or state in out.parents:
+                raise UsageError(
+                    "--state", f"{args.state} and --out {args.out} lie in each other", "choose another --state"
+                )
+    elif args.out.exists():
+        of_profile = {"profile.json", "profile.safetensors"}
+        for given in sources:
+            if out.parent == given.resolve() and (out.name in of_profile or (given / "config.json").exists()):
+                raise UsageError(args.out, f"belongs to {given}, which the search reads", "choose another --out")
+        if args.on is not None and out == args.on.resolve():
+            raise UsageError(args.out, "is the plan of --on", "choose another --out")
 
 
 def _one_shot(args: argparse.Namespace, source: Profile | Checkpoint, size: dict[str, Any]) -> Plan:

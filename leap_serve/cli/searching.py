@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -72,7 +73,7 @@ class Search:
         from leap_training.pruning_agent import AgentConfig
         from leap_training.pruning_space import PruningSpace, Reward
         from leap_training.saliency import Routing
-        from leap_training.splits import validation_part
+        from leap_training.splits import search_items
 
         profile = _check(args, source)
         shared = {
@@ -83,7 +84,10 @@ class Search:
             check_method(args.method, space)
         given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
         # Validation only: the test split is never looked at, and the profile has seen the training split.
-        items = validation_part(load_task(args.task), "search", args.items, args.seed)
+        items = search_items(load_task(args.task), args.items, args.seed)
+        if args.lookahead and not _held_out(args):
+            what = f"needs validation items that the search does not see, and it sees all {len(items)} that are there"
+            raise UsageError("--lookahead", what, "lower --items")
         reward = Reward(args.alpha, args.size_coef, args.latency_coef)
         return cls(args, profile, items, spaces, reward, AgentConfig(episodes=args.episodes, seed=args.seed, **given))
 
@@ -162,7 +166,7 @@ class Search:
                 record |= {"warm_start": warm.resolve().parent.name} if warm else {}
                 plan = search(
                     self.profile, prior, ledger, self.config, state=folder, data_sha256=items_sha256(self.items),
-                    warm=warm, save_policy=folder / "policy.safetensors",
+                    losses_of=self._losses_of(), warm=warm, save_policy=folder / "policy.safetensors",
                     report=lambda metrics: show(ledger.evaluations, metrics), **record,
                 ).plan  # fmt: skip
             else:
@@ -177,7 +181,9 @@ class Search:
                     improvements=ledger.improvements(cost.marks if cost is not None else ()), **record,
                 )  # fmt: skip
         start = ledger.losses.get(space.best_of(prior).tobytes(), math.nan)
-        figures = {"prior": name, "prior_loss": start, "loss": ledger.best()[2], "evaluations": ledger.evaluations}
+        figures: dict[str, Any] = {"loss": ledger.best()[2], "evaluations": ledger.evaluations}
+        if not math.isnan(start):  # random-search does not look at a ranking that was named
+            figures = {"prior": name, "prior_loss": start, **figures}
         return Found(plan, figures, ledger, prior, folder)
 
     def _losses_of(self) -> dict[str, Any]:
@@ -197,9 +203,10 @@ class Search:
             "model": self.profile.base.sha256, "profile_data": self.profile.data_sha256,
             "search_data": items_sha256(self.items), "budget": space.budget, "top_k": list(space.top_k),
             "allocation": self.args.allocation, "temperature": list(space.temperatures), "reward": asdict(self.reward),
+            "losses_of": self._losses_of(),
         }  # fmt: skip
         known = read_json(path) if path.exists() else None
-        if isinstance(known, dict) and known.get("of") == identity:
+        if isinstance(known, dict) and known.get("of") == json.loads(json.dumps(identity)):
             subsets = [space.best_of(scores(self.profile, name)) for name in known["rankings"]]
             ledger.restore(subsets, known["losses"], known["rewards"])
             return known["prior"], scores(self.profile, known["prior"])
@@ -215,11 +222,10 @@ class Search:
         from leap_training.finetune import FinetuneConfig
         from leap_training.lookahead import LookAhead, finalists, second_stage
         from leap_training.pruning_space import Ledger
-        from leap_training.splits import validation_part
 
         args, task, space = self.args, load_task(self.args.task), found.ledger.space
         config = FinetuneConfig(steps=args.lookahead, seed=args.seed)
-        held_out = validation_part(task, "search", args.items + LOOKAHEAD_ITEMS, args.seed)[args.items :]
+        held_out = _held_out(args)
         look = LookAhead(self.model, task.items("train", config.items, args.seed), held_out, config)
         ledger = Ledger(look, space, self.reward, latency)
         chosen = finalists(found.ledger, args.finalists)
@@ -279,6 +285,13 @@ class Search:
         return self.args.tensorboard and self.args.tensorboard / label
 
 
+def _held_out(args: argparse.Namespace) -> list[Item]:
+    """The validation items that tuned plans are scored on: those after the search's own."""
+    from leap_training.splits import validation_part
+
+    return validation_part(load_task(args.task), "search", args.items + LOOKAHEAD_ITEMS, args.seed)[args.items :]
+
+
 def _distinct(profile: Profile, space: PruningSpace) -> list[str]:
     """The observed criteria whose own plans differ, each plan under its first name, as a ledger meets them."""
     from leap_training.saliency import OBSERVED, scores
@@ -302,6 +315,9 @@ def _check(args: argparse.Namespace, source: Profile | Checkpoint) -> Profile:
         raise UsageError(where, f"cannot keep {source.groups} routing groups equal", "choose a one-shot --method")
     if args.episodes < 1 or args.items < 1:
         raise UsageError("--episodes, --items", f"are {args.episodes} and {args.items}", "give 1 or more")
+    weights = (args.alpha, args.size_coef, args.latency_coef)
+    if not all(map(math.isfinite, weights)):
+        raise UsageError("--alpha, --beta, --lambda", f"are {', '.join(map(str, weights))}", "give finite numbers")
     if args.prior == "best" and args.episodes < len(OBSERVED):
         raise UsageError(
             "--prior best", f"tries {len(OBSERVED)} rankings, and --episodes allows {args.episodes} plans",

@@ -89,7 +89,7 @@ def _eep(
     from leap_training.methods.eep import Eep, EepConfig, TaskLoss, check_space, plan_of, renormalises
     from leap_training.methods.hc_smoe import check_merge
     from leap_training.methods.merged import check_maps
-    from leap_training.splits import validation_part
+    from leap_training.splits import search_items
 
     config = EepConfig(args.episodes, seed=args.seed)
     config.check()
@@ -97,7 +97,7 @@ def _eep(
     check_maps(checkpoint.family)
     check_merge(checkpoint, args.method)
     check_form(checkpoint, space, "merge")
-    items = validation_part(load_task(args.task), "search", args.items, args.seed)
+    items = search_items(load_task(args.task), args.items, args.seed)
     model = BlockModel(checkpoint, scoring_dtype(args.dtype))
     identity = {
         "method": "eep", "model": space.routing.base.sha256, "data": items_sha256(items), "experts": space.cap,
@@ -126,5 +126,6 @@ def _check(args: argparse.Namespace, sizes: int) -> None:
         raise UsageError("--temperature", f"{where} does not search it", "give one value")
     if args.tuned is not None and sizes > 1:
         raise UsageError("--tuned", "is for one budget", "give one --budget")
-    if args.items < 1 or args.episodes < 1 or min(args.steps or 1, args.train_items or 1) < 1:
+    given = (args.items, args.episodes, args.steps, args.train_items)
+    if any(number is not None and number < 1 for number in given):
         raise UsageError("--items, --episodes, --steps, --train-items", "are below 1", "give 1 or more")

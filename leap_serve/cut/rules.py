@@ -122,8 +122,10 @@ def check_groups(source: Checkpoint, plan: Plan) -> None:
             what = f"layer {index} retains {len(layer.retained)} experts, which {groups} routing groups do not divide"
         elif len(set(held)) > 1:
             what = f"layer {index} retains {held} experts of its {groups} routing groups, not equally many of each"
-        elif held[0] < least or chosen * held[0] < layer.top_k:
+        elif chosen * held[0] < layer.top_k:
             what = f"layer {index} retains {held[0]} per group: too few for top_k {layer.top_k} from {chosen} groups"
+        elif held[0] < least:
+            what = f"layer {index} retains {held[0]} per group, and a group is ranked by its two best"
         else:
             continue
         raise PlanError("plan", what, "retain equally many experts of every group, and enough for top_k")

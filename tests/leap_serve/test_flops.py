@@ -43,6 +43,22 @@ def test_flops_of_a_tied_embedding_and_of_packed_weights(tmp_path: Path) -> None
     assert parameters(Checkpoint.open(packed)) == parameters(Checkpoint.open(tied))
 
 
+def test_a_plan_counts_what_its_cut_holds(tmp_path: Path) -> None:
+    tensors: dict[str, Any] = dict(qwen_tensors())
+    own = {k.replace("model.layers.0.", "model.layers.2."): v for k, v in tensors.items() if "layers.0." in k}
+    mtp = make(tmp_path / "mtp", tensors | own | {"model.layers.2.eh_proj.weight": ("F32", (4, 8))}, qwen_config())
+    for layer in (0, 1):
+        del tensors[f"model.layers.{layer}.mlp.gate.weight"]
+        tensors[f"model.layers.{layer}.mlp.gate.0.weight"] = ("F32", (24, 16))
+        tensors[f"model.layers.{layer}.mlp.gate.2.weight"] = ("F32", (8, 24))
+    deep = make(tmp_path / "deep", tensors, qwen_config())
+    for source in (mtp, deep):
+        plan = plan_of(source, {0: LayerPlan((0, 2, 5), 1), 1: LayerPlan((1, 3, 4, 7), 2)})
+        cut(source, plan, tmp_path / f"{source.name}-cut")
+        held = parameters(Checkpoint.open(tmp_path / f"{source.name}-cut"))
+        assert parameters(Checkpoint.open(source), plan) == held != parameters(Checkpoint.open(source))
+
+
 def test_flops_leave_out_mtp_layers_and_count_the_real_model(family_checkpoint: Callable[[str], Path]) -> None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode

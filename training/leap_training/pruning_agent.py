@@ -10,7 +10,7 @@ are in :mod:`leap_training.pruning_policy`, rewards and counting in :mod:`leap_t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -328,6 +328,7 @@ def search(
     *,
     state: Path | None = None,
     data_sha256: str = "",
+    losses_of: Mapping[str, Any] | None = None,
     warm: Path | None = None,
     save_policy: Path | None = None,
     report: Callable[[dict[str, float]], None] | None = None,
@@ -341,6 +342,7 @@ def search(
         ledger: evaluates plans, on validation data; may hold nothing yet.
         state: folder that is written after every update and continued from, to the same result.
         data_sha256: identifies the ledger's items.
+        losses_of: what else the ledger's losses and rewards hang on (engine, dtype, workload), as JSON.
         warm: policy of an earlier search.
         save_policy: where to write the policy at the end.
         report: called with the metrics of every update.
@@ -351,7 +353,7 @@ def search(
     agent = Agent(profile, prior, ledger, config)
     if warm is not None:
         load_policy(agent, profile, warm)
-    disk = StateFolder(state, fingerprint(agent, profile, data_sha256)) if state is not None else None
+    disk = StateFolder(state, fingerprint(agent, profile, data_sha256, losses_of)) if state is not None else None
     if disk is not None:
         disk.resume(agent)
     history = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,8 +114,10 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def fingerprint(agent: Agent, profile: Profile, data_sha256: str) -> dict[str, Any]:
-    """What must be the same for a search to be continued: model, data, space, prior, reward and settings."""
+def fingerprint(
+    agent: Agent, profile: Profile, data_sha256: str, losses_of: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What must be the same for a search to be continued: model, data, space, prior, reward, settings, and what evaluates."""
     space, digest = agent.space, hashlib.sha256()
     for layer in space.layers:
         digest.update(np.ascontiguousarray(agent.prior[layer], np.float64).tobytes())
@@ -126,6 +128,7 @@ def fingerprint(agent: Agent, profile: Profile, data_sha256: str) -> dict[str, A
         "prior_and_start": digest.hexdigest(), "budget": space.budget, "cap": space.cap, "top_k": list(space.top_k),
         "uniform": space.uniform, "temperatures": list(space.temperatures), "may_stop": space.may_stop,
         "reward": asdict(agent.ledger.reward), "settings": asdict(agent.config),
+        "losses_of": dict(losses_of or {}),
     }  # fmt: skip
 
 

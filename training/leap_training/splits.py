@@ -38,6 +38,15 @@ def part(items: Iterable[Item], name: Part) -> list[Item]:
     return [item for item in items if int(fingerprint(item)[-8:], 16) % len(PARTS) == number]
 
 
+def search_items(task: Task, limit: int, seed: int = 0) -> list[Item]:
+    """Return up to ``limit`` validation items of the search's part; UsageError where there is none, as any plan is then best."""
+    found = validation_part(task, "search", limit, seed)
+    if not found:
+        what = f"none of the validation items of {task.name} falls into the search's part"
+        raise UsageError("--task", what, "give it more validation items")
+    return found
+
+
 def validation_part(task: Task, name: Part, limit: int, seed: int = 0) -> list[Item]:
     """Return up to ``limit`` validation items of a part; fewer only where the task's validation split ends."""
     asked = len(PARTS) * limit

@@ -71,6 +71,7 @@ def test_a_plan_that_does_not_fit(model: Path, layers: dict[int, LayerPlan], exp
         ((0, 1, 4), 2, "layer 1 retains 3 experts, which 2 routing groups do not divide"),
         ((0, 1, 2, 4), 2, "layer 1 retains [3, 1] experts of its 2 routing groups, not equally many of each"),
         ((0, 4), 2, "layer 1 retains 1 per group: too few for top_k 2 from 1 groups"),
+        ((0, 4), 1, "layer 1 retains 1 per group, and a group is ranked by its two best"),
         ((0, 1, 4, 5), 2, None),
     ],
 )

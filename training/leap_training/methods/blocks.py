@@ -25,7 +25,7 @@ from leap_serve.architectures import Family
 from leap_serve.checkpoint import Checkpoint
 from leap_serve.engine import Progress
 from leap_serve.engines.torch_subsets import MaskedRouter, masked_routers, moe_blocks
-from leap_serve.errors import LeapError, UsageError
+from leap_serve.errors import CheckpointError, LeapError, UsageError
 from leap_serve.files import read_json, write_json
 from leap_serve.plan import LayerPlan, Plan
 from leap_serve.tasks.base import Item
@@ -263,7 +263,7 @@ class LayerResults:
         path: JSON file, or None to keep it in memory only.
         identity: what must be the same for a run to be continued (JSON values).
 
-    Raises UsageError where the file is of another run.
+    Raises UsageError where the file is of another run, CheckpointError where it is of none.
     """
 
     def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
@@ -272,8 +272,10 @@ class LayerResults:
         if path is None or not path.exists():
             return
         known = read_json(path)
+        if not isinstance(known, dict) or not all(isinstance(known.get(key), dict) for key in ("of", "layers")):
+            raise CheckpointError(path, "is no state of a search", "remove it, or choose another --state")
         for key, value in self._identity.items():
-            found = known.get("of", {}).get(key) if isinstance(known, dict) else None
+            found = known["of"].get(key)
             if found != value:
                 raise other_search(path, key, found, value)
         self._layers = known["layers"]

@@ -78,7 +78,7 @@ def unstructured(
         ratio: fraction to zero; 0.5 for 2:4.
     """
     if not 0.0 < ratio < 1.0 or (pattern == "2:4" and ratio != 0.5):
-        raise UsageError("--sparsity", f"is {ratio} with --zero {pattern}", "give a fraction in (0, 1); 2:4 is 0.5")
+        raise UsageError("--budget", f"is {1 - ratio} with --zero {pattern}", "give a fraction in (0, 1); 2:4 is 0.5")
     for layer in profile.layers.values():
         norms_of(layer, 0, profile.items, down=False)
     if checkpoint.family.fused_halves:
