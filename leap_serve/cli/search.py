@@ -303,10 +303,8 @@ def _keep_sources(args: argparse.Namespace, budgets: int) -> None:
             check_destination(given, args.out)
         if args.state is not None:
             state = args.state.resolve()
-            if state == out or out in state.parents or state in out.parents:
-                raise UsageError(
-                    "--state", f"{args.state} and --out {args.out} lie in each other", "choose another --state"
-                )
+            if state == out or out in state.parents:
+                raise UsageError("--state", f"{args.state} lies in --out {args.out}", "choose another --state")
     elif args.out.exists():
         of_profile = {"profile.json", "profile.safetensors"}
         for given in sources:

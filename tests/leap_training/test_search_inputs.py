@@ -137,9 +137,9 @@ def test_nothing_that_is_read_or_kept_is_replaced(
     assert "is the plan of --on; choose another --out" in refused(capsys, model, "lexi", base, *flags)
     assert (own / "profile.json").read_bytes() == before and Plan.load(base).counts == [4] * 4
     both = tmp_path / "both"
-    for state in (both, both / "in", both.parent):
+    for state in (both, both / "in"):
         said = refused(capsys, model, "lexi", both, "--experts", "1", "2", "--state", state)
-        assert said.endswith("lie in each other; choose another --state")
+        assert said.endswith(f"--state: {state} lies in --out {both}; choose another --state")
 
 
 def test_places_and_numbers_are_looked_at_before_the_search(
