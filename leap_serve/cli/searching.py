@@ -180,9 +180,9 @@ class Search:
                     evaluations=ledger.evaluations, search_data_sha256=items_sha256(self.items),
                     improvements=ledger.improvements(cost.marks if cost is not None else ()), **record,
                 )  # fmt: skip
-        start = ledger.losses.get(space.best_of(prior).tobytes(), math.nan)
+        start = ledger.losses.get(space.best_of(prior).tobytes())
         figures: dict[str, Any] = {"loss": ledger.best()[2], "evaluations": ledger.evaluations}
-        if not math.isnan(start):  # random-search does not look at a ranking that was named
+        if start is not None:  # random-search does not look at a ranking that was named
             figures = {"prior": name, "prior_loss": start, **figures}
         return Found(plan, figures, ledger, prior, folder)
 
